@@ -1,0 +1,217 @@
+"""The nested sections of `LivingMoeConfig`, one per concern.
+
+Each section is a plain dataclass, validated on construction by its own `validate`; a misspelt key or a value without
+sense raises `ConfigurationError` naming the field, the value and the remedy. Sections hold choices, never state:
+populations, vitals and lineage live in the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from living_moe.configuration.errors import ConfigurationError
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """A " Did you mean ...?" clause for the closest known word, or the list of known words."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+@dataclass(kw_only=True)
+class Section:
+    """Base of the sections: strict construction from a dict, type checks, plain-dict export."""
+
+    section_name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            setattr(self, field.name, self._checked(field.name, value, hints[field.name]))
+        self.validate()
+
+    def _checked(self, name: str, value: Any, hint: Any) -> Any:
+        accepted = typing.get_args(hint) or (hint,)
+        if isinstance(value, bool):
+            ok = bool in accepted
+        elif isinstance(value, int) and int not in accepted and float in accepted:
+            return float(value)
+        else:
+            ok = isinstance(value, accepted)
+        if not ok or (isinstance(value, float) and value != value):
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+            raise ConfigurationError(f"{self.section_name}.{name} must be {names}, got {value!r}.")
+        return value
+
+    def validate(self) -> None:
+        """Raise `ConfigurationError` if the values make no sense together."""
+
+    def require(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ConfigurationError(f"{self.section_name}.{name} must be {wanted}, got {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_value(cls: type[SectionT], value: SectionT | dict[str, Any] | None) -> SectionT:
+        """A section from a dict of its fields, an instance (copied), or None (defaults)."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return dataclasses.replace(value)
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{cls.section_name} must be a dict of its fields, got {value!r}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in value:
+            if key not in known:
+                raise ConfigurationError(f"unknown field {cls.section_name}.{key}.{did_you_mean(str(key), known)}")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class RouterConfig(Section):
+    """How tokens are scored against keys. The family's own scoring rule comes from `backbone_config`."""
+
+    section_name: ClassVar[str] = "router"
+
+    #: Weight of the load-balancing loss when router logits are output; None takes the backbone's own.
+    aux_loss_coef: float | None = None
+    #: Weight of the router z-loss, mean logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906; typical 1e-3).
+    z_loss_coef: float = 0.0
+    #: Keys of frozen experts keep learning. `frozen-graft` turns it off: there the old addresses are protected.
+    train_frozen_keys: bool = True
+
+    def validate(self) -> None:
+        self.require("aux_loss_coef", self.aux_loss_coef is None or self.aux_loss_coef >= 0, "None or >= 0")
+        self.require("z_loss_coef", self.z_loss_coef >= 0, ">= 0")
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig(Section):
+    """The weights of the experts and the slabs that hold them."""
+
+    section_name: ClassVar[str] = "experts"
+
+    #: At a graft the pretrained experts go to the frozen slab.
+    freeze_pretrained: bool = False
+    #: At a graft everything that is neither expert nor key (embeddings, attention, norms, head, shared experts) freezes.
+    freeze_backbone: bool = False
+    #: A full slab grows to this multiple of its capacity (geometric growth keeps re-wrapping rare).
+    growth_factor: float = 1.5
+    #: A slab shrinks to its alive rows when fewer than this share of its slots are alive.
+    shrink_below: float = 0.5
+    #: Upper bound on the bytes of all expert weights, in MiB (2**20 bytes), all layers together; None is no bound.
+    memory_budget_mib: float | None = None
+
+    def validate(self) -> None:
+        self.require("growth_factor", self.growth_factor > 1, "> 1")
+        self.require("shrink_below", 0 <= self.shrink_below < 1, "in [0, 1)")
+        self.require("memory_budget_mib", self.memory_budget_mib is None or self.memory_budget_mib > 0, "None or > 0")
+
+
+@dataclass(kw_only=True)
+class VitalsConfig(Section):
+    """What is measured per expert while training."""
+
+    section_name: ClassVar[str] = "vitals"
+
+    #: Decay per optimizer step of the moving averages (0.9 remembers about ten steps).
+    decay: float = 0.9
+    #: Optimizer steps between readings of the experts' gradient norms (each reads every gradient once); 0 is never.
+    grad_norm_every: int = 10
+
+    def validate(self) -> None:
+        self.require("decay", 0 <= self.decay < 1, "in [0, 1)")
+        self.require("grad_norm_every", self.grad_norm_every >= 0, ">= 0")
+
+
+@dataclass(kw_only=True)
+class ReceptiveFieldConfig(Section):
+    """Receptive fields of newborn clades: a causal context gate, and the low-rank deltas that open with it."""
+
+    section_name: ClassVar[str] = "receptive_field"
+
+    #: Newborns live in a field of their own and are invisible outside it.
+    enabled: bool = False
+    #: Decay per token of the running mean of the log likelihood ratio (0.95 remembers about twenty tokens).
+    decay: float = 0.95
+    #: The gate opens above this quantile of the evidence on calibration text: 1 - quantile of old tokens misroute.
+    quantile: float = 0.995
+    #: Pseudo-count, in tokens, of the old density inside the new one: a new field starts as the old one and departs.
+    prior_tokens: float = 500.0
+    #: Calibration tokens kept in the model to place the threshold again as the new density grows (never trained on).
+    calibration_tokens: int = 65536
+    #: Rank of the deltas on attention projections (0 is none).
+    attention_rank: int = 64
+    #: Rank of the delta on the language-model head (0 is none).
+    head_rank: int = 128
+
+    def validate(self) -> None:
+        self.require("decay", 0 <= self.decay < 1, "in [0, 1)")
+        self.require("quantile", 0.5 <= self.quantile <= 1, "in [0.5, 1]")
+        self.require("prior_tokens", self.prior_tokens > 0, "> 0")
+        self.require("calibration_tokens", self.calibration_tokens > 0, "> 0")
+        self.require("attention_rank", self.attention_rank >= 0, ">= 0")
+        self.require("head_rank", self.head_rank >= 0, ">= 0")
+
+
+@dataclass(kw_only=True)
+class LifecycleConfig(Section):
+    """When experts split and die. Loads are multiples of the uniform share (1.0 is a balanced layer)."""
+
+    section_name: ClassVar[str] = "lifecycle"
+
+    #: `model.lifecycle_step` proposes events; off, the model trains like its source.
+    enabled: bool = True
+    #: Name of the policy (see lifecycle/policies).
+    policy: str = "load"
+    #: Optimizer steps between decisions.
+    interval: int = 10
+    #: Optimizer steps before the first decision.
+    warmup_steps: int = 20
+    #: A layer rests this many steps after an event of its own.
+    cooldown_steps: int = 10
+    #: A newborn can neither die nor split before this age, in steps.
+    min_age_steps: int = 50
+    #: Decisions in a row that must agree before an event (hysteresis).
+    patience: int = 2
+    #: Split above this load.
+    split_load: float = 1.6
+    #: Remove below this load.
+    death_load: float = 0.05
+    #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.
+    adapt_load: float = 0.25
+    #: Siblings may not merge back for this many steps after their split.
+    sibling_merge_bar_steps: int = 500
+    #: Most events of one lifecycle step, all layers together.
+    max_events_per_step: int = 4
+    #: Fewest experts of a layer the policy leaves; None is the backbone's number of experts per token plus one.
+    min_experts: int | None = None
+    #: Most experts of a layer; None is no bound.
+    max_experts: int | None = None
+    #: Mutation noise of a newborn, relative to each weight tensor's RMS; 0 is an exact copy.
+    noise_std: float = 0.0
+    #: Seed of mutation noise and of tie breaks; with (step, layer, uid) it determines every event.
+    seed: int = 0
+
+    def validate(self) -> None:
+        for name in ("interval", "max_events_per_step", "patience"):
+            self.require(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("warmup_steps", "cooldown_steps", "min_age_steps", "sibling_merge_bar_steps", "seed"):
+            self.require(name, getattr(self, name) >= 0, ">= 0")
+        self.require("noise_std", self.noise_std >= 0, ">= 0")
+        self.require("death_load", 0 <= self.death_load, ">= 0")
+        self.require("adapt_load", 0 <= self.adapt_load, ">= 0")
+        self.require("split_load", self.split_load > 2 * self.death_load, "> 2 * lifecycle.death_load (hysteresis)")
+        self.require("min_experts", self.min_experts is None or self.min_experts >= 1, "None or >= 1")
+        floor = self.min_experts or 1
+        self.require("max_experts", self.max_experts is None or self.max_experts >= floor, f"None or >= {floor}")
