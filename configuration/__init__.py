@@ -1,1 +1,48 @@
-"""."""
+"""The configuration room: what a living model is built from, and the choices by which it lives.
+
+Imports nothing else of living_moe, so every other room may import it.
+"""
+
+from living_moe.configuration.configuration_living_moe import FORMAT_VERSION, SLABS, LivingMoeConfig
+from living_moe.configuration.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ConversionError,
+    LivingMoeError,
+    OptimizerError,
+    PopulationError,
+    TrainingDivergedError,
+    TrainingError,
+    UnknownExpertError,
+)
+from living_moe.configuration.presets import PRESETS, Preset, preset_sections
+from living_moe.configuration.sections import (
+    ExpertsConfig,
+    LifecycleConfig,
+    ReceptiveFieldConfig,
+    RouterConfig,
+    VitalsConfig,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PRESETS",
+    "SLABS",
+    "CheckpointError",
+    "ConfigurationError",
+    "ConversionError",
+    "ExpertsConfig",
+    "LifecycleConfig",
+    "LivingMoeConfig",
+    "LivingMoeError",
+    "OptimizerError",
+    "PopulationError",
+    "Preset",
+    "ReceptiveFieldConfig",
+    "RouterConfig",
+    "TrainingDivergedError",
+    "TrainingError",
+    "UnknownExpertError",
+    "VitalsConfig",
+    "preset_sections",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +32,28 @@ class Section:
 
     section_name: ClassVar[str] = ""
 
+    def __new__(cls: type[SectionT], **values: Any) -> SectionT:
+        # Before the generated `__init__`, whose TypeError for a misspelt key would be no ConfigurationError.
+        for name in values:
+            cls._require_field(name)
+        return super().__new__(cls)
+
+    if not typing.TYPE_CHECKING:  # type checkers would take it for a licence to assign any name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            self._require_field(name)
+            super().__setattr__(name, value)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def _require_field(cls, name: str) -> None:
+        known = cls.field_names()
+        if name not in known:
+            raise ConfigurationError(f"unknown field {cls.section_name}.{name}.{did_you_mean(name, known)}")
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
@@ -46,9 +69,13 @@ class Section:
             return float(value)
         else:
             ok = isinstance(value, accepted)
-        if not ok or (isinstance(value, float) and value != value):
-            names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+        if not ok:
             raise ConfigurationError(f"{self.section_name}.{name} must be {names}, got {value!r}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigurationError(
+                f"{self.section_name}.{name} must be a finite {names}, got {value!r}; a large number means never."
+            )
         return value
 
     def validate(self) -> None:
@@ -67,11 +94,7 @@ class Section:
             return dataclasses.replace(value)
         if not isinstance(value, dict):
             raise ConfigurationError(f"{cls.section_name} must be a dict of its fields, got {value!r}.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in value:
-            if key not in known:
-                raise ConfigurationError(f"unknown field {cls.section_name}.{key}.{did_you_mean(str(key), known)}")
-        return cls(**value)
+        return cls(**{str(key): field for key, field in value.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -103,7 +126,7 @@ class ExpertsConfig(Section):
 
     #: At a graft the pretrained experts go to the frozen slab.
     freeze_pretrained: bool = False
-    #: At a graft everything that is neither expert nor key (embeddings, attention, norms, head, shared experts) freezes.
+    #: At a graft everything but experts and keys (embeddings, attention, norms, head, shared experts) freezes.
     freeze_backbone: bool = False
     #: A full slab grows to this multiple of its capacity (geometric growth keeps re-wrapping rare).
     growth_factor: float = 1.5
@@ -215,3 +238,10 @@ class LifecycleConfig(Section):
         self.require("min_experts", self.min_experts is None or self.min_experts >= 1, "None or >= 1")
         floor = self.min_experts or 1
         self.require("max_experts", self.max_experts is None or self.max_experts >= floor, f"None or >= {floor}")
+
+
+#: The sections of a `LivingMoeConfig`, by the name of the field that holds each.
+SECTIONS: dict[str, type[Section]] = {
+    section.section_name: section
+    for section in (RouterConfig, ExpertsConfig, VitalsConfig, ReceptiveFieldConfig, LifecycleConfig)
+}

@@ -1,4 +1,8 @@
-"""The door."""
+"""living_moe: mixture-of-experts layers as living populations.
+
+Importing it registers `living_moe` models with Transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+"""
+
 from pathlib import Path as _Path
 
 # A source checkout keeps the rooms beside this folder (setup.cfg's package_dir maps them under this name). Python started
@@ -6,3 +10,25 @@ from pathlib import Path as _Path
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").is_file() and (_root / "configuration").is_dir():
     __path__.append(str(_root))
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from living_moe.configuration import PRESETS, LivingMoeConfig, LivingMoeError  # noqa: E402
+from living_moe.conversion import convert  # noqa: E402
+from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM, LivingMoeModel  # noqa: E402
+from living_moe.version import __version__  # noqa: E402
+
+AutoConfig.register("living_moe", LivingMoeConfig, exist_ok=True)
+AutoModel.register(LivingMoeConfig, LivingMoeModel, exist_ok=True)
+AutoModelForCausalLM.register(LivingMoeConfig, LivingMoeForCausalLM, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "LifecycleEvent",
+    "LivingMoeConfig",
+    "LivingMoeError",
+    "LivingMoeForCausalLM",
+    "LivingMoeModel",
+    "__version__",
+    "convert",
+]

@@ -1,1 +1,1 @@
-"""."""
+"""How populations change: events, policies, planner, surgery, lineage."""

@@ -1,0 +1,102 @@
+"""Presets: named choices of the sections, for the two ways a graft usually lives.
+
+A preset is a starting point, never a mode: its name is recorded in the config, its values are written out like any
+others, and nothing but the sections is read afterwards. Overrides come in one form, a dict per section:
+`lifecycle={"interval": 5}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.sections import SECTIONS, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A name, what it is for, and the values it sets; every other field keeps its section's default."""
+
+    name: str
+    description: str
+    sections: Mapping[str, Mapping[str, Any]]
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="frozen-graft",
+            description="Pretrained experts, their keys and everything around them are frozen. Newborns learn in "
+            "receptive fields of their own, so text of the old domain flows through the old function untouched.",
+            sections={
+                "router": {"train_frozen_keys": False},
+                "experts": {"freeze_pretrained": True, "freeze_backbone": True},
+                "receptive_field": {"enabled": True},
+                # A birth cannot hurt the old function and nothing is learned before it: whole layers may give birth at
+                # once, and need no rest.
+                "lifecycle": {"max_events_per_step": 64, "cooldown_steps": 0},
+            },
+        ),
+        Preset(
+            name="grow",
+            description="Everything trains and the population is free: the overloaded split, the starved die.",
+            sections={
+                "router": {"train_frozen_keys": True},
+                "experts": {"freeze_pretrained": False, "freeze_backbone": False},
+                "receptive_field": {"enabled": False},
+            },
+        ),
+    )
+}
+
+
+def known_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigurationError: There is none; the message names the closest one.
+    """
+    if name not in PRESETS:
+        raise ConfigurationError(f"unknown preset {name!r}.{did_you_mean(str(name), PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_sections(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """All sections of a preset, complete and checked one by one.
+
+    Args:
+        name: A key of `PRESETS`.
+        overrides: Per section name, a dict of the fields to set otherwise.
+
+    Returns:
+        Per section name, all its fields.
+
+    Raises:
+        ConfigurationError: The preset, a section or a field is unknown, or a value makes no sense.
+    """
+    preset = known_preset(name)
+    overrides = overrides or {}
+    for key, value in overrides.items():
+        if key not in SECTIONS:
+            raise ConfigurationError(_unknown_override(key, value))
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(f"override {key} must be a dict of the fields to change, got {value!r}.")
+    return {
+        section: cls.from_value({**preset.sections.get(section, {}), **overrides.get(section, {})}).to_dict()
+        for section, cls in SECTIONS.items()
+    }
+
+
+def _unknown_override(key: str, value: Any) -> str:
+    """The message for an override that is no section; a field given flat or dotted is shown in its section."""
+    field = re.split(r"__|\.", key)[-1]
+    owners = [section for section, cls in SECTIONS.items() if field in cls.field_names()]
+    if owners:
+        hint = " Did you mean " + " or ".join(f"{owner}={{{field!r}: {value!r}}}" for owner in owners) + "?"
+    else:
+        hint = did_you_mean(key, SECTIONS)
+    return f"unknown override {key!r}; overrides are one dict per section.{hint}"

@@ -1,0 +1,129 @@
+"""A source family's own Transformers model, with living blocks in place of its MoE blocks.
+
+Nothing of the family is rewritten: a subclass builds it with a one-expert skeleton (so the source's experts are
+never allocated), then swaps the blocks. A hook before each decoder layer hands the pass's context to its block; it
+runs inside the checkpointed function, so recomputation sees the same context.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils.output_capturing import OutputRecorder
+
+from living_moe.configuration import LivingMoeConfig
+from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
+from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
+from living_moe.modeling_living_moe.experts import ExpertSlab
+from living_moe.modeling_living_moe.families import Family, family_of
+from living_moe.modeling_living_moe.population import SLABS
+from living_moe.modeling_living_moe.router import LivingRouter
+
+#: Newborn fields a model with receptive fields has.
+NUM_FIELDS = 1
+
+
+def num_fields(config: LivingMoeConfig) -> int:
+    return NUM_FIELDS if config.receptive_field.enabled else 0
+
+
+def fresh_capacities(config: LivingMoeConfig, family: Family) -> dict[str, int]:
+    """Slots of one layer right after a graft: every pretrained expert, no spare."""
+    slab = "frozen" if config.experts.freeze_pretrained else "trainable"
+    return {slab: family.num_experts(config.backbone_config)}
+
+
+class LivingBackbone:
+    """Mixin over a family's model class; see `living_backbone_class`."""
+
+    config: Any
+
+    def __init__(self, config: LivingMoeConfig):
+        family = family_of(config.backbone_config)
+        with family.skeleton(config.backbone_config):
+            super().__init__(config.backbone_config)  # type: ignore[call-arg]
+        self.living_layers = [
+            layer
+            for layer in self.layers  # type: ignore[attr-defined]
+            if isinstance(getattr(layer, family.block_attribute, None), family.block_class)
+        ]
+        if config.populations is None:
+            config.populations = [fresh_capacities(config, family) for _ in self.living_layers]
+        for number, (layer, population) in enumerate(zip(self.living_layers, config.populations, strict=True)):
+            source = getattr(layer, family.block_attribute)
+            block = LivingMoeBlock(
+                config.backbone_config,
+                family,
+                number,
+                {slab: population[slab] for slab in SLABS if population.get(slab)},
+                num_facets=population.get("facets", 0),
+                num_leaves=population.get("leaves", 0),
+                num_fields=num_fields(config),
+                router=config.router,
+                vitals=config.vitals,
+                shared=getattr(source, family.shared_attribute) if family.shared_attribute else None,
+            )
+            setattr(layer, family.block_attribute, block)
+            layer.living_block = family.block_attribute
+        rank = config.receptive_field.attention_rank
+        for layer in self.layers if config.receptive_field.enabled and rank else ():  # type: ignore[attr-defined]
+            # Families name more projections than every config uses (DeepSeek with and without query compression).
+            names = [
+                n for n in family.attention_projections if isinstance(getattr(layer.self_attn, n, None), nn.Linear)
+            ]
+            attach_deltas(layer, names, rank, NUM_FIELDS)
+        for layer in self.layers:  # type: ignore[attr-defined]
+            layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        init_living_weights(module, self.config.initializer_range)
+
+
+def init_living_weights(module: nn.Module, std: float) -> None:
+    """Initial weights of our own modules, for models that are not loaded."""
+    if isinstance(module, ExpertSlab):
+        init.normal_(module.gate_up_proj, mean=0.0, std=std)
+        init.normal_(module.down_proj, mean=0.0, std=std)
+    elif isinstance(module, LivingRouter):
+        for key in module.keys.values():
+            init.normal_(key, mean=0.0, std=std)
+    elif isinstance(module, FieldDelta):
+        init.normal_(module.down, mean=0.0, std=module.down.shape[-1] ** -0.5)
+        init.zeros_(module.up)
+
+
+def enter_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take the context out of a decoder layer's call and give it to the modules that read it."""
+    context: ForwardContext | None = kwargs.pop("living_context", None)
+    name = getattr(layer, "living_block", None)
+    if name is not None:
+        getattr(layer, name).context = context
+    holder = getattr(getattr(layer, "self_attn", None), "gate_holder", None)
+    if isinstance(holder, GateHolder):
+        holder.gate = None if context is None else context.gate
+    return args, kwargs
+
+
+@functools.cache
+def living_backbone_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`model_class` with living blocks; built once per family."""
+    recorded = {**(model_class._can_record_outputs or {}), "router_logits": OutputRecorder(LivingRouter, index=0)}
+    return type(
+        f"Living{model_class.__name__}",
+        (LivingBackbone, model_class),
+        {
+            "__module__": __name__,
+            "__doc__": f"{model_class.__name__} with living blocks.",
+            "_can_record_outputs": recorded,
+            "_can_set_experts_implementation_cached_value": True,
+            "_can_set_attn_implementation_cached_value": True,
+        },
+    )

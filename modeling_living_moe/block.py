@@ -1,0 +1,153 @@
+"""A living mixture-of-experts block: router, expert pool, population, vitals, and the source's shared experts.
+
+Takes the place of a source family's MoE module and keeps its call: hidden states in, hidden states out. What else a
+forward pass needs (which field each token is in, which tokens are padding) comes through `context`, set by the
+model before the layer runs.
+
+B batch, S sequence, T = B * S tokens, H hidden, E alive experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from living_moe.configuration.sections import RouterConfig, VitalsConfig
+from living_moe.modeling_living_moe.experts import ExpertPool
+from living_moe.modeling_living_moe.families import Family
+from living_moe.modeling_living_moe.population import SLABS, Population
+from living_moe.modeling_living_moe.receptive_field import FieldGate
+from living_moe.modeling_living_moe.router import LivingRouter
+from living_moe.modeling_living_moe.vitals import Vitals
+
+
+@dataclass
+class ForwardContext:
+    """What the blocks of one forward pass share.
+
+    Attributes:
+        gate: The field of every token, or None when the model has no receptive fields.
+        token_mask: Bool (B, S), False for padding; None when every token counts.
+        observe: Whether vitals count this pass (training).
+        keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
+        choices: Living layer -> per field (clade logits (T, N), chosen clades (T, K)).
+    """
+
+    gate: FieldGate | None = None
+    token_mask: Tensor | None = None
+    observe: bool = False
+    keep_choices: bool = False
+    choices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str, **_: object) -> ForwardContext:
+        """The same on another device; model-parallel hooks call it."""
+        gate = None if self.gate is None else self.gate.to(device)
+        mask = None if self.token_mask is None else self.token_mask.to(device)
+        return ForwardContext(gate, mask, self.observe, self.keep_choices, self.choices)
+
+
+@dataclass(frozen=True)
+class SlotParameter:
+    """A parameter whose dimension 0 is the slots of a slab. `role`: gate_up_proj | down_proj | key."""
+
+    layer: int
+    slab: str
+    role: str
+    parameter: nn.Parameter
+
+
+class LivingMoeBlock(nn.Module):
+    """One living layer.
+
+    Args:
+        config: The backbone's config object itself.
+        family: The source family's adapter.
+        layer: Number of this living layer, from 0.
+        capacities: Slots per slab.
+        shared: The source family's shared experts, or None.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        family: Family,
+        layer: int,
+        capacities: dict[str, int],
+        *,
+        num_facets: int = 0,
+        num_leaves: int = 0,
+        num_fields: int = 0,
+        router: RouterConfig | None = None,
+        vitals: VitalsConfig | None = None,
+        shared: nn.Module | None = None,
+    ):
+        super().__init__()
+        scoring = family.scoring(config)
+        hidden = config.hidden_size
+        self.layer = layer
+        self.num_fields = num_fields
+        self.jitter_noise = family.jitter_noise(config)
+        router = router or RouterConfig()
+        self.router = LivingRouter(scoring, capacities, hidden, train_frozen_keys=router.train_frozen_keys)
+        self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config))
+        self.population = Population(
+            capacities, hidden, num_facets=num_facets, num_leaves=num_leaves, num_groups=scoring.num_groups
+        )
+        self.vitals = Vitals(capacities, (vitals or VitalsConfig()).decay)
+        self.shared_experts = shared
+        self.context: ForwardContext | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, H) -> (B, S, H)."""
+        residual = hidden_states
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            hidden_states = hidden_states * noise
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        context = self.context or ForwardContext()
+        field_T = None
+        if context.gate is not None and (self.training or context.gate.any_open()):
+            field_T = context.gate.index.to(hidden_TH.device).reshape(-1)
+        choices: list[tuple[Tensor, Tensor]] | None = [] if context.keep_choices and not in_backward() else None
+        _, weights_TK, index_TK = self.router(hidden_TH, self.population, field_T, self.num_fields, choices)
+        if choices is not None:
+            context.choices[self.layer] = choices
+        if context.observe and self.training and not in_backward():
+            self._observe(hidden_TH, weights_TK, index_TK, field_T, context)
+        output_TH = self.experts(hidden_TH, index_TK, weights_TK, self.population.alive)
+        output = output_TH.reshape(residual.shape)
+        return output if self.shared_experts is None else output + self.shared_experts(residual)
+
+    def _observe(
+        self, hidden_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, field_T: Tensor | None, context: ForwardContext
+    ) -> None:
+        foreign_TK = None
+        if field_T is not None:
+            fields_E = torch.cat([self.population.table(s).field[:n] for s, n in self.population.alive.items()])
+            foreign_TK = fields_E[index_TK] != field_T.unsqueeze(-1)
+        mask_T = None if context.token_mask is None else context.token_mask.to(hidden_TH.device).reshape(-1)
+        num_experts = len(self.population.members)
+        self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, foreign_TK)
+
+    # -- what surgery and optimizers address -----------------------------------------------------------------------
+
+    def slot_parameters(self) -> Iterator[SlotParameter]:
+        """Every parameter with one row per slot, in slab order."""
+        for name in SLABS:
+            if name in self.population.slabs:
+                slab = self.experts.slab(name)
+                yield SlotParameter(self.layer, name, "gate_up_proj", slab.gate_up_proj)
+                yield SlotParameter(self.layer, name, "down_proj", slab.down_proj)
+                yield SlotParameter(self.layer, name, "key", self.router.keys[name])
+
+    def capacities(self) -> dict[str, int]:
+        return {name: self.population.capacity(name) for name in self.population.slabs}
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running: then a forward is a recomputation under gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1

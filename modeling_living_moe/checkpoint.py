@@ -1,0 +1,349 @@
+"""Saving and loading: exactly the living, all of it, or a clear error.
+
+A checkpoint holds the alive experts only (spare slots are dropped), with per-layer sizes in `config.json`, identity and
+vitals as tensors, and events in `lineage.jsonl`. It is written beside its destination and moved there when
+complete. Loading is strict: a missing, extra, mis-shaped or truncated tensor is an error that names it. safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from living_moe.configuration.errors import CheckpointError, LivingMoeError
+from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
+from living_moe.modeling_living_moe.lifecycle.surgery import retire
+from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Population
+from living_moe.modeling_living_moe.vitals import VitalsTable
+
+CARD_NAME = "README.md"
+#: Marks a card as ours to rewrite; a card without it is the user's and is kept.
+CARD_MARK = "<!-- written by living_moe from the model's own records -->"
+
+#: Writes the text of a model card. Registered by the package door (this room must not import model_cards).
+CardWriter = Callable[[Any, Path], str]
+_card_writer: CardWriter | None = None
+
+
+def set_card_writer(writer: CardWriter) -> None:
+    global _card_writer
+    _card_writer = writer
+
+
+class CheckpointMixin:
+    """Strict `from_pretrained`, atomic `save_pretrained`, self-describing `load_state_dict`."""
+
+    config: Any
+    living_blocks: list[LivingMoeBlock]
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def compact_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The state dict with alive rows only."""
+        full = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
+        for prefix, block in self._named_blocks():
+            for slab in block.population.slabs:
+                count = block.population.alive.get(slab, 0)
+                for name in _row_names(slab):
+                    if (key := prefix + name) in full:
+                        full[key] = full[key][:count]
+                        if not count:
+                            del full[key]
+        return full
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As Transformers' `save_pretrained`, plus per-layer populations, lineage and a model card.
+
+        Nothing in `save_directory` changes before the new checkpoint is complete; other files there stay.
+
+        Raises:
+            CheckpointError: `save_directory` is a file.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                push_to_hub=push_to_hub,
+                **kwargs,
+            )
+            return
+        if not is_main_process:
+            return
+        target = Path(save_directory)
+        if target.is_file():
+            raise CheckpointError(f"{target} is a file; save_pretrained needs a directory.")
+        hub = {
+            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
+        }
+        compact = self.compact_state_dict(state_dict)
+        kwargs["save_original_format"] = False
+        with staged_directory(target) as stage, self._compact_config():
+            super().save_pretrained(stage, state_dict=compact, **kwargs)  # type: ignore[misc]
+            self.lineage.save(stage / LINEAGE_NAME)  # type: ignore[attr-defined]
+            if _card_writer is not None and not _is_foreign_card(target / CARD_NAME):
+                (stage / CARD_NAME).write_text(_card_writer(self, target), encoding="utf-8")
+        if push_to_hub:
+            hub.setdefault("repo_id", target.name)
+            self.push_to_hub(token=kwargs.get("token"), **hub)  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _compact_config(self) -> Iterator[None]:
+        full = self.config.populations
+        self.config.populations = [
+            {**{k: v for k, v in sizes.items() if k not in SLABS}, **block.population.alive}
+            for sizes, block in zip(full, self.living_blocks, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.config.populations = full
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[no-untyped-def]
+        cls, pretrained_model_name_or_path, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ):
+        """As Transformers' `from_pretrained`, but strict.
+
+        Raises:
+            CheckpointError: A shard is missing or truncated; a tensor is missing, unexpected or mis-shaped; the tables
+                do not describe a population; the lineage is broken. Each names the thing.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and os.path.isdir(os.path.join(path, kwargs.get("subfolder", ""))):
+            check_files(Path(path) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except LivingMoeError:
+            raise
+        except (SafetensorError, RuntimeError) as error:
+            if "out of memory" in str(error).lower():
+                raise
+            raise CheckpointError(f"cannot load {path}: {error}") from error
+        problems = [
+            f"{what}: {', '.join(sorted(map(str, info[key]))[:8])}"
+            for key, what in (
+                ("missing_keys", "missing tensors"),
+                ("unexpected_keys", "unexpected tensors"),
+                ("mismatched_keys", "tensors of another shape"),
+                ("error_msgs", "errors"),
+            )
+            if info.get(key)
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{path} does not fit its config.json ({'; '.join(problems)}). The checkpoint is incomplete or was "
+                f"edited; convert or download it again."
+            )
+        for block in model.living_blocks:
+            block.population.stale()
+            check_population(block.population, block.layer, block.router.scoring.top_k)
+        if path is not None:
+            model._life.lineage_ = _read_lineage(path, kwargs)
+        model.apply_trainability()
+        return (model, info) if output_loading_info else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; the slabs first take the sizes the state dict has.
+
+        So a model of the same backbone takes up any population. Parameters that change size are replaced: build the
+        optimizer after this call.
+        """
+        retired: list[nn.Parameter] = []
+        for prefix, block in self._named_blocks():
+            retired += adopt_sizes(block, prefix, state_dict)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        retire(retired)
+        for block in self.living_blocks:
+            block.population.stale()
+            block.vitals.pending = block.vitals.since_step = block.vitals.sample = None
+        self._life._steps = None  # type: ignore[attr-defined]
+        self.record_populations()  # type: ignore[attr-defined]
+        return result
+
+    def apply_trainability(self) -> None:
+        """Set `requires_grad` from the config: frozen slabs never, frozen keys and the backbone as configured."""
+        slots = {id(slot.parameter): slot for slot in self.slot_parameters()}  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            slot = slots.get(id(parameter))
+            if slot is not None:
+                trainable = slot.slab != "frozen" or (slot.role == "key" and self.config.router.train_frozen_keys)
+            else:
+                is_delta = "field_deltas." in name or "head_delta." in name
+                trainable = is_delta or not self.config.experts.freeze_backbone
+            parameter.requires_grad_(trainable)
+
+    def _named_blocks(self) -> list[tuple[str, LivingMoeBlock]]:
+        blocks = {id(block) for block in self.living_blocks}
+        return [(f"{name}.", m) for name, m in self.named_modules() if id(m) in blocks]  # type: ignore[attr-defined]
+
+
+def _row_names(slab: str) -> list[str]:
+    names = [f"experts.{slab}.gate_up_proj", f"experts.{slab}.down_proj", f"router.keys.{slab}"]
+    names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
+    return names + [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
+
+
+def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> list[nn.Parameter]:
+    """Give a block the slab capacities and facet tables of a state dict; returns the parameters that were replaced."""
+    replaced: list[nn.Parameter] = []
+    device = block.population.next_uid.device
+    for slab in SLABS:
+        uid = state_dict.get(f"{prefix}population.{slab}.uid")
+        wanted, now = (0 if uid is None else uid.numel()), block.population.capacity(slab)
+        if wanted == now:
+            continue
+        if now:
+            old = block.experts.slab(slab)
+            replaced += [old.gate_up_proj, old.down_proj, block.router.keys[slab]]
+            for owner in (block.experts, block.population, block.vitals):
+                del owner._modules[slab]
+            del block.router.keys[slab]
+        if wanted:
+            dtype = state_dict[f"{prefix}experts.{slab}.gate_up_proj"].dtype
+            module = block.experts.new_slab(slab, wanted).to(device, dtype)
+            module.train(block.training)
+            block.experts.add_module(slab, module)
+            block.population.add_module(slab, IdentityTable(wanted).to(device))
+            block.vitals.add_module(slab, VitalsTable(wanted).to(device))
+            keys = block.router.new_keys(slab, wanted)
+            block.router.keys[slab] = nn.Parameter(keys.detach().to(device, dtype), requires_grad=keys.requires_grad)
+    for name in ("facet_normal", "facet_offset", "leaf_uid", "leaf_path"):
+        tensor = state_dict.get(f"{prefix}population.{name}")
+        if tensor is not None and tensor.shape != getattr(block.population, name).shape:
+            setattr(block.population, name, torch.zeros_like(tensor, device=device))
+    block.population.stale()
+    return replaced
+
+
+def check_population(population: Population, layer: int, top_k: int) -> None:
+    """Raise `CheckpointError` unless the tables describe a population that can route a token."""
+    for slab in population.slabs:
+        uids = population.table(slab).uid.tolist()
+        alive = next((n for n, uid in enumerate(uids) if uid < 0), len(uids))
+        if any(uid >= 0 for uid in uids[alive:]):
+            raise CheckpointError(f"layer {layer}, slab {slab!r}: alive slots are not a prefix: uids {uids}.")
+    uids = population.uids
+    if len(set(uids)) != len(uids) or any(uid >= int(population.next_uid) for uid in uids):
+        raise CheckpointError(f"layer {layer}: uids {uids} repeat or exceed next_uid {int(population.next_uid)}.")
+    strangers = {leaf.uid for leaf in population.leaves} - set(uids)
+    if strangers:
+        raise CheckpointError(f"layer {layer}: facet leaves belong to unknown uids {sorted(strangers)}.")
+    if len(population.clades()) < top_k:
+        raise CheckpointError(f"layer {layer}: {len(population.clades())} clades cannot serve top_k {top_k}.")
+
+
+def check_files(directory: Path, variant: str | None = None) -> None:
+    """Raise `CheckpointError` if a checkpoint's weight files are missing or truncated; reads headers only."""
+
+    def named(name: str) -> str:
+        stem, suffix = name.split(".", 1)
+        return f"{stem}.{variant}.{suffix}" if variant else name
+
+    index = directory / named(SAFE_WEIGHTS_INDEX_NAME)
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a shard index: {error}.") from error
+    else:
+        shards = [named(SAFE_WEIGHTS_NAME)]
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json: not a checkpoint, or an interrupted save.")
+    for shard in shards:
+        file = directory / shard
+        if not file.is_file():
+            raise CheckpointError(f"{directory}: weight file {shard} is missing.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}.") from error
+
+
+def _read_lineage(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Lineage:
+    passed = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(name)}
+    file = cached_file(
+        path,
+        LINEAGE_NAME,
+        local_files_only=bool(kwargs.get("local_files_only", False)),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **passed,
+    )
+    return Lineage() if file is None else Lineage.load(Path(file))
+
+
+def _is_foreign_card(path: Path) -> bool:
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
+#: Files a save replaces; anything else in the directory is somebody else's.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|lineage\.jsonl"
+)
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A new directory beside `target` that takes its place when the block ends without an error.
+
+    Until then `target` is untouched, and afterwards it holds the new files and whatever foreign files it held. Two
+    renames swap the directories; if the process dies between them, the old checkpoint is complete in the hidden
+    directory `.NAME.old-*` beside it, and `target` does not exist (rather than loading wrongly).
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+    try:
+        yield stage
+        umask = os.umask(0)
+        os.umask(umask)
+        stage.chmod(0o777 & ~umask)
+        _take_place(stage, target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _take_place(stage: Path, target: Path) -> None:
+    if not target.exists():
+        stage.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    try:
+        target.rename(old)  # onto an empty directory: atomic
+        stage.rename(target)
+    except OSError:
+        if not target.exists() and any(old.iterdir()):
+            old.rename(target)
+        raise
+    for entry in old.iterdir():
+        if not _OURS.fullmatch(entry.name) and not (target / entry.name).exists():
+            entry.rename(target / entry.name)
+    shutil.rmtree(old)
+
+
+__all__ = ["CheckpointMixin", "check_files", "set_card_writer"]

@@ -1,0 +1,133 @@
+"""What experts know: slabs of SwiGLU weights, and the pool of a layer's slabs.
+
+A slab honours the Transformers experts contract (`use_experts_implementation`), so eager, batched_mm, grouped_mm and
+every registered kernel run it. Never decides who lives: rows beyond the alive prefix are spare and never addressed.
+
+C slots of a slab, H hidden, I intermediate, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+from living_moe.modeling_living_moe.population import SLABS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@use_experts_implementation
+class ExpertSlab(nn.Module):
+    """`num_experts` slots of weights: `gate_up_proj (C, 2I, H)`, `down_proj (C, H, I)`.
+
+    Args:
+        config: The backbone's config object itself (not a copy): it carries the experts implementation.
+        capacity: C.
+        hidden_size, intermediate_size: H and I.
+        trainable: Whether the weights take gradients. Frozen slabs have none, by construction.
+    """
+
+    #: Opt-in contract of the "active" implementation, see `active_experts.py`.
+    direct_grad: bool = False
+
+    def __init__(
+        self, config: PreTrainedConfig, capacity: int, hidden_size: int, intermediate_size: int, *, trainable: bool
+    ):
+        super().__init__()
+        self.num_experts = capacity
+        self.hidden_dim = hidden_size
+        self.intermediate_dim = intermediate_size
+        self.trainable = trainable
+        # Zeros, not uninitialised memory: spare rows must never hold NaN. On the meta device they cost nothing.
+        self.gate_up_proj = nn.Parameter(
+            torch.zeros(capacity, 2 * intermediate_size, hidden_size), requires_grad=trainable
+        )
+        self.down_proj = nn.Parameter(torch.zeros(capacity, hidden_size, intermediate_size), requires_grad=trainable)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_TH: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of the experts in `rows_TK`; rows >= C are pairs of another slab and add nothing.
+
+        This body is the "eager" implementation; the decorator dispatches to the configured one.
+        """
+        output_TH = torch.zeros_like(hidden_TH)
+        with torch.no_grad():
+            mask_CKT = F.one_hot(rows_TK, num_classes=self.num_experts + 1).permute(2, 1, 0)
+            hit = mask_CKT[: self.num_experts].sum(dim=(-1, -2)).nonzero().flatten().tolist()
+        # unbind: indexing a slab row by row would make one zero gradient of the whole slab per row.
+        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+        for row in hit:
+            place, token = torch.where(mask_CKT[row])
+            gate, up = F.linear(hidden_TH[token], gate_up[row]).chunk(2, dim=-1)
+            expert_out = F.linear(self.act_fn(gate) * up, down[row])
+            output_TH.index_add_(0, token, (expert_out * weights_TK[token, place, None]).to(output_TH.dtype))
+        return output_TH
+
+
+def unwrapped(module: nn.Module) -> ExpertSlab:
+    """The slab itself, also where PEFT has wrapped it (`target_parameters`)."""
+    while not isinstance(module, ExpertSlab):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
+
+
+class ExpertPool(nn.Module):
+    """The slabs of one layer, in slot order. Child modules are named after the slabs they hold."""
+
+    def __init__(self, config: PreTrainedConfig, capacities: dict[str, int], hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        for name in SLABS:
+            if capacity := capacities.get(name, 0):
+                self.add_module(name, self.new_slab(name, capacity))
+
+    def new_slab(self, name: str, capacity: int) -> ExpertSlab:
+        return ExpertSlab(self.config, capacity, self.hidden_size, self.intermediate_size, trainable=name != "frozen")
+
+    def slab(self, name: str) -> ExpertSlab:
+        return unwrapped(self.get_submodule(name))
+
+    def is_wrapped(self, name: str) -> bool:
+        return not isinstance(self._modules.get(name, None), (ExpertSlab, type(None)))
+
+    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, alive: dict[str, int]) -> Tensor:
+        """Weighted sum over each token's experts.
+
+        Args:
+            hidden_TH: Tokens, any float dtype.
+            index_TK: int64, experts in slot order (0 <= index < sum of `alive`).
+            weights_TK: Routing weights.
+            alive: Alive rows per slab, in slot order.
+
+        Returns:
+            (T, H), dtype of `hidden_TH`.
+        """
+        output: Any = None
+        first = 0
+        for name, count in alive.items():
+            module = self.get_submodule(name)
+            slab = unwrapped(module)
+            if len(alive) == 1:
+                # One slab: exactly the call the source family makes, so a graft is exact bit for bit.
+                return module(hidden_TH, index_TK, weights_TK)
+            rows_TK = index_TK - first
+            elsewhere_TK = (rows_TK < 0) | (rows_TK >= count)
+            # Pairs of another slab are what expert-parallel dispatch calls sentinels: skipped, weight zero.
+            slab._is_expert_parallel = True  # type: ignore[assignment]
+            part = module(
+                hidden_TH,
+                rows_TK.masked_fill(elsewhere_TK, slab.num_experts),
+                weights_TK.masked_fill(elsewhere_TK, 0.0),
+            )
+            slab._is_expert_parallel = False  # type: ignore[assignment]
+            output = part if output is None else output + part
+            first += count
+        return output

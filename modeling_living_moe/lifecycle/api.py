@@ -1,0 +1,360 @@
+"""What a model with living layers can do: the public methods around events, vitals and lineage.
+
+Mixed into `LivingMoeModel` and `LivingMoeForCausalLM`; the state (steps, lineage) lives on the base model, so both see
+the same life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from living_moe.configuration.errors import PopulationError
+from living_moe.modeling_living_moe.block import LivingMoeBlock, SlotParameter
+from living_moe.modeling_living_moe.distributed import (
+    fingerprint,
+    gather_objects,
+    require_agreement,
+    sum_over_ranks,
+    world_size,
+)
+from living_moe.modeling_living_moe.lifecycle import operations
+from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
+from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
+from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surroundings
+from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
+from living_moe.modeling_living_moe.lifecycle.policies import policy_named
+from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft
+from living_moe.modeling_living_moe.vitals import SHOWN, row_norms
+
+if TYPE_CHECKING:
+    from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
+
+REQUEST = Reason()
+
+
+class LifecycleMixin:
+    """Populations, events and vitals of a model with `living_blocks`."""
+
+    config: Any
+    living_blocks: list[LivingMoeBlock]
+
+    @property
+    def _life(self) -> LivingMoeModel:
+        return self.base_model  # type: ignore[attr-defined,no-any-return]
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """Alive experts per living layer."""
+        return [len(block.population.members) for block in self.living_blocks]
+
+    def expert_uids(self, layer: int) -> list[int]:
+        """Uids of a layer's alive experts, in slot order."""
+        return self.living_block(layer).population.uids
+
+    def vitals(self, layer: int) -> dict[str, Tensor]:
+        """Measurements of a layer's alive experts, each (experts,) in slot order: a copy, on the layer's device.
+
+        load and foreign_load (multiples of the uniform share), router_weight (mean weight per token), grad_norm (L2),
+        age (optimizer steps), tokens (received in all).
+        """
+        block = self.living_block(layer)
+        alive = block.population.alive.items()
+        return {
+            name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive])
+            for name in SHOWN
+        }
+
+    @property
+    def lineage(self) -> Lineage:
+        """Every event so far, oldest first."""
+        return self._life.lineage_
+
+    @property
+    def steps_lived(self) -> int:
+        """Optimizer steps this model has lived, over all its training runs."""
+        life = self._life
+        if life._steps is None:
+            life._steps = int(life.lifecycle_steps)
+        return life._steps
+
+    @property
+    def population_version(self) -> int:
+        """Changes whenever an event or a load changes any layer's population."""
+        return sum(block.population.version for block in self.living_blocks)
+
+    def living_block(self, layer: int) -> LivingMoeBlock:
+        """The block of a living layer.
+
+        Raises:
+            PopulationError: No such layer.
+        """
+        blocks = self.living_blocks
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < len(blocks):
+            raise PopulationError(
+                f"layer {layer!r}: this model has living layers 0..{len(blocks) - 1}, and an event stays within one layer."
+            )
+        return blocks[layer]
+
+    def slot_parameters(self) -> list[SlotParameter]:
+        """Every parameter with one row per slot, layer by layer."""
+        return [slot for block in self.living_blocks for slot in block.slot_parameters()]
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def split_expert(
+        self, layer: int, uid: int, *, noise_std: float = 0.0, optimizer: Optimizer | None = None
+    ) -> LifecycleEvent:
+        """Give an expert a newborn that takes over part of its tokens. Outputs are unchanged at `noise_std` 0.
+
+        Args:
+            layer: Living layer, from 0.
+            uid: The parent; it lives on. The newborn's uid is the event's child.
+            noise_std: Mutation of the newborn's weights, relative to each tensor's RMS.
+            optimizer: Its state follows; needed when a training run goes on after the event.
+
+        Raises:
+            UnknownExpertError: No such expert alive.
+            PopulationError: `lifecycle.max_experts` or `experts.memory_budget_mib` would be exceeded.
+            OptimizerError: The optimizer is unsupported, or was built before a slab grew.
+        """
+        if noise_std < 0:
+            raise PopulationError(f"noise_std must be >= 0, got {noise_std}.")
+        return self._split(layer, uid, REQUEST, noise_std, optimizer)
+
+    def merge_experts(self, layer: int, uids: Sequence[int], *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Average experts into one, weighted by load, after matching their hidden units. See `operations.merge`."""
+        block = self.living_block(layer)
+        return self._apply(operations.merge(block, uids, self._surroundings(), REQUEST), optimizer)
+
+    def remove_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Death of an expert. Exact if it serves no token. Raises `PopulationError` below top-k."""
+        block = self.living_block(layer)
+        return self._apply(operations.remove(block, uid, self._surroundings(), REQUEST), optimizer)
+
+    def freeze_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Move an expert to the frozen slab: it keeps serving, and never changes again until thawed."""
+        block = self.living_block(layer)
+        return self._apply(operations.freeze(block, uid, self._surroundings(), REQUEST), optimizer)
+
+    def thaw_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Move an expert to the trainable slab."""
+        block = self.living_block(layer)
+        return self._apply(operations.thaw(block, uid, self._surroundings(), REQUEST), optimizer)
+
+    def part_clade(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """End the clade of an expert: its members become clades of their own. Not exact; see `operations.part`."""
+        block = self.living_block(layer)
+        return self._apply(operations.part(block, uid, self._surroundings(), REQUEST), optimizer)
+
+    def _split(
+        self, layer: int, uid: int, reason: Reason, noise_std: float, optimizer: Optimizer | None
+    ) -> LifecycleEvent:
+        block = self.living_block(layer)
+        drafted = operations.split(
+            block, uid, self._surroundings(), reason, noise_std=noise_std, sample=_recent_queries(block, uid)
+        )
+        return self._apply(drafted, optimizer)
+
+    def _surroundings(self) -> Surroundings:
+        pools = [block.experts for block in self.living_blocks]
+        sizes = [
+            (3 * pool.hidden_size * pool.intermediate_size * next(pool.parameters()).element_size(), pool)
+            for pool in pools
+        ]
+        counts = self.expert_counts
+        return Surroundings(
+            step=self.steps_lived,
+            lifecycle=self.config.lifecycle,
+            experts=self.config.experts,
+            bytes_now=sum(size * count for (size, _), count in zip(sizes, counts, strict=True)),
+            bytes_per_expert=max(size for size, _ in sizes),
+        )
+
+    def _apply(self, drafted: tuple[LayerDraft, LifecycleEvent], optimizer: Optimizer | None) -> LifecycleEvent:
+        """Stage everything, then commit; an error while staging leaves model, optimizer and lineage as they were."""
+        draft, event = drafted
+        before = draft.block.capacities()
+        commit = draft.stage(self, optimizer)  # type: ignore[arg-type]
+        commit()
+        after = draft.block.capacities()
+        for slab in dict.fromkeys((*before, *after)):
+            old, new = before.get(slab, 0), after.get(slab, 0)
+            if old != new:
+                self.lineage.append(
+                    LifecycleEvent(
+                        kind="grow" if new > old else "shrink",
+                        step=event.step,
+                        layer=event.layer,
+                        parents=(),
+                        children=(),
+                        metric=f"{slab} slots",
+                        value=float(new),
+                        threshold=float(old),
+                    )
+                )
+        draft.block.vitals.last_event.fill_(event.step)
+        self.lineage.append(event)
+        self.record_populations()
+        return event
+
+    def record_populations(self) -> None:
+        """Write the present sizes of slabs and facet tables into the config (what `from_pretrained` builds)."""
+        populations = []
+        for block in self.living_blocks:
+            population = block.population
+            sizes = block.capacities()
+            if len(population.leaf_uid):
+                sizes |= {"facets": len(population.facet_offset), "leaves": len(population.leaf_uid)}
+            populations.append(sizes)
+        self.config.populations = populations
+
+    # -- life while training ---------------------------------------------------------------------------------------
+
+    def take_step_tokens(self) -> dict[tuple[int, str], Tensor]:
+        """Tokens each slot received since the last call, summed over ranks: (layer, slab) -> int64 (capacity,)."""
+        blocks = self.living_blocks
+        rows = [
+            torch.zeros(len(block.population.members), dtype=torch.int64, device=block.population.next_uid.device)
+            if block.vitals.since_step is None
+            else block.vitals.since_step
+            for block in blocks
+        ]
+        sums = sum_over_ranks(torch.cat([row.to(rows[0].device) for row in rows])) if world_size() > 1 else None
+        tokens: dict[tuple[int, str], Tensor] = {}
+        start = 0
+        for block, row in zip(blocks, rows, strict=True):
+            total = row if sums is None else sums[start : start + len(row)].to(row.device)
+            start += len(row)
+            first = 0
+            for slab, count in block.population.alive.items():
+                padded = torch.zeros(block.population.capacity(slab), dtype=torch.int64, device=row.device)
+                padded[:count] = total[first : first + count]
+                tokens[(block.layer, slab)] = padded
+                first += count
+            block.vitals.since_step = None
+        return tokens
+
+    def lifecycle_step(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
+        """Live one optimizer step: fold vitals, and at decision steps let the policy change populations.
+
+        Call it on every rank after every `optimizer.step()`, before gradients are zeroed.
+
+        Args:
+            optimizer: The one that trains this model; its state follows the experts.
+
+        Returns:
+            The events that happened, in order; empty on most steps.
+        """
+        life = self._life
+        config = self.config.lifecycle
+        step = self.steps_lived + 1
+        self._fold_vitals(step)
+        life.lifecycle_steps.fill_(step)
+        life._steps = step
+        if not config.enabled or step < config.warmup_steps or step % config.interval:
+            return []
+        propose = policy_named(config.policy)
+        blocks = self.living_blocks
+        proposals = [proposal for block in blocks for proposal in propose(block, config)]
+        layers = [
+            LayerState(
+                experts=len(block.population.members),
+                top_k=block.router.scoring.top_k,
+                steps_since_event=step - int(block.vitals.last_event),
+            )
+            for block in blocks
+        ]
+        chosen = plan(proposals, layers, config, self._splits_by_memory())
+        if world_size() > 1:
+            require_agreement("the lifecycle plan", fingerprint((), repr(chosen)))
+        events: list[LifecycleEvent] = []
+        for proposal in chosen:
+            # A bound the planner does not know (expert groups, ...) drops one event, never the run.
+            with contextlib.suppress(PopulationError):
+                events.append(self._carry_out(proposal, optimizer))
+        if events and world_size() > 1:
+            touched = [self.living_block(layer) for layer in sorted({event.layer for event in events})]
+            rows = [slot.parameter for block in touched for slot in block.slot_parameters()]
+            require_agreement("the experts after an event", fingerprint(rows))
+        return events
+
+    def _carry_out(self, proposal: Proposal, optimizer: Optimizer | None) -> LifecycleEvent:
+        block = self.living_block(proposal.layer)
+        if proposal.kind == "split":
+            return self._split(
+                proposal.layer, proposal.uids[0], proposal.reason, self.config.lifecycle.noise_std, optimizer
+            )
+        around = self._surroundings()
+        single: dict[str, Callable[..., tuple[LayerDraft, LifecycleEvent]]] = {
+            "death": operations.remove,
+            "freeze": operations.freeze,
+            "thaw": operations.thaw,
+            "part": operations.part,
+        }
+        if proposal.kind == "merge":
+            return self._apply(operations.merge(block, proposal.uids, around, proposal.reason), optimizer)
+        return self._apply(single[proposal.kind](block, proposal.uids[0], around, proposal.reason), optimizer)
+
+    def _splits_by_memory(self) -> int | None:
+        budget = self.config.experts.memory_budget_mib
+        if budget is None:
+            return None
+        around = self._surroundings()
+        return max(0, int((budget * 2**20 - around.bytes_now) // around.bytes_per_expert))
+
+    @torch.no_grad()
+    def _fold_vitals(self, step: int) -> None:
+        blocks = self.living_blocks
+        counts = []
+        for block in blocks:
+            pending = block.vitals.pending
+            shape = (3, len(block.population.members))
+            device = block.population.next_uid.device
+            counts.append(torch.zeros(shape, dtype=torch.float64, device=device) if pending is None else pending)
+        if world_size() > 1:
+            total = sum_over_ranks(torch.cat([count.flatten().to(counts[0].device) for count in counts]))
+            parts = total.split([count.numel() for count in counts])
+            counts = [part.view(count.shape).to(count.device) for part, count in zip(parts, counts, strict=True)]
+        every = self.config.vitals.grad_norm_every
+        for block, count in zip(blocks, counts, strict=True):
+            norms = _gradient_norms(block) if every and step % every == 0 else None
+            block.vitals.fold(count, block.population.alive, norms)
+            block.vitals.pending = None
+        if self._life.fields is not None:
+            fields = self._life.fields
+            fields.fold(sum_over_ranks(fields.pending_counts()))
+
+
+def _gradient_norms(block: LivingMoeBlock) -> dict[str, Tensor]:
+    norms = {}
+    for slab, count in block.population.alive.items():
+        weights = block.experts.slab(slab)
+        norm = row_norms([weights.gate_up_proj, weights.down_proj], count)
+        if norm is not None:
+            norms[slab] = norm
+    return norms
+
+
+def _recent_queries(block: LivingMoeBlock, uid: int) -> Tensor | None:
+    """Sampled router inputs (S, H) of the tokens this expert served last, of all ranks; None if there are none."""
+    sample = block.vitals.sample
+    mine: Tensor | None = None
+    if sample is not None:
+        member = block.population.find(uid, block.layer)
+        hidden_SH, index_SK = sample
+        mine = hidden_SH[(index_SK == member.index).any(dim=1)].float().cpu()
+    shared = [part for part in gather_objects(mine) if part is not None]
+    return torch.cat(shared) if shared else None
+
+
+def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:
+    """Events that changed experts, leaving out slab growth and shrinkage."""
+    return (event for event in events if event.kind not in ("grow", "shrink"))

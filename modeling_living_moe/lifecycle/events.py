@@ -1,0 +1,54 @@
+"""The record of one change to a population."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from living_moe.configuration.errors import CheckpointError
+
+LifecycleKind = Literal["split", "merge", "death", "freeze", "thaw", "part", "grow", "shrink"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LifecycleEvent:
+    """One change to a layer's experts, as written to lineage.jsonl.
+
+    A split's parent lives on; its only child is the newborn. A merge's child is the surviving parent. `part` ends a
+    clade: its members become clades of their own. `grow` and `shrink` change a slab's capacity and touch no expert.
+    """
+
+    kind: LifecycleKind
+    step: int  # optimizer steps, never wall time
+    layer: int
+    parents: tuple[int, ...]  # uids, never slots
+    children: tuple[int, ...]
+    metric: str = "request"  # what fired it, e.g. "load"; "request" is a direct call
+    value: float = 0.0
+    threshold: float = 0.0
+    seed: int = 0  # of mutation noise and facet, so that the event can be repeated
+    noise_std: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> LifecycleEvent:
+        """The event a lineage line describes.
+
+        Raises:
+            CheckpointError: A field is missing, unknown, or of an unknown kind.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if (
+            not isinstance(record, dict)
+            or not known >= record.keys()
+            or record.get("kind") not in get_args(LifecycleKind)
+        ):
+            raise CheckpointError(f"not a lineage record: {record!r}; its fields must be among {sorted(known)}.")
+        try:
+            lists = {name: tuple(int(uid) for uid in record[name]) for name in ("parents", "children")}
+            return cls(**{**record, **lists})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"broken lineage record {record!r}: {error}") from error

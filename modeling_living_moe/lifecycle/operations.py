@@ -1,0 +1,310 @@
+"""The events themselves: split, merge, death, freeze, thaw, part. Each checks, drafts, and describes one change.
+
+Exactness (fp32, no mutation noise): a split, a freeze, a thaw, the merge of identical twins, and the death of an
+expert that serves no token leave the layer's outputs unchanged. Decides nothing (that is `policies/`) and touches no
+tensor (that is `surgery.py`).
+
+H hidden, I intermediate, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from living_moe.configuration.errors import PopulationError
+from living_moe.configuration.sections import ExpertsConfig, LifecycleConfig
+from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent, LifecycleKind
+from living_moe.modeling_living_moe.lifecycle.surgery import DraftRow, LayerDraft, RowSource
+from living_moe.modeling_living_moe.population import (
+    ROOT_FIELD,
+    Leaf,
+    Member,
+    hand_over,
+    prune_leaves,
+    remove_owner,
+    split_leaves,
+)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What fired an event: a vital, its value, and the threshold it crossed."""
+
+    metric: str = "request"
+    value: float = 0.0
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an operation needs to know beyond its layer."""
+
+    step: int
+    lifecycle: LifecycleConfig
+    experts: ExpertsConfig
+    #: Bytes of all expert weights now, and of one more expert.
+    bytes_now: int = 0
+    bytes_per_expert: int = 0
+
+
+def seed_of(*parts: int) -> int:
+    """A 62-bit seed from (seed, step, layer, uid): the same on every rank and in every run."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def split(
+    block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, *, noise_std: float, sample: Tensor | None
+) -> tuple[LayerDraft, LifecycleEvent]:
+    """A newborn takes over part of the parent's tokens, with a copy of its weights and key.
+
+    A trainable parent keeps one side of a new facet, the newborn serves the other. A frozen parent of a model with
+    receptive fields stays as it is for the tokens of its own field; the newborn serves in its place in the newborn
+    field (if one does already, the request passes to it).
+
+    Args:
+        sample: Recent router inputs of the parent, (S, H), for 2-means; None draws the facet at random.
+
+    Raises:
+        UnknownExpertError, PopulationError: See `_check_room`.
+    """
+    population = block.population
+    parent = population.find(uid, block.layer)
+    slab = parent.slab
+    field = parent.field
+    if slab == "frozen" and block.num_fields and field == ROOT_FIELD:
+        field = 1
+        heirs = [m for m in population.members if (m.clade, m.field) == (parent.clade, field)]
+        if heirs:
+            loads = {m.uid: float(block.vitals.table(m.slab).load[m.row]) for m in heirs}
+            return split(block, max(loads, key=lambda u: loads[u]), around, reason, noise_std=noise_std, sample=sample)
+    _check_room(block, around)
+    draft = LayerDraft(block, around.experts)
+    newborn_uid = draft.new_uid()
+    seed = seed_of(around.lifecycle.seed, around.step, block.layer, newborn_uid)
+    parent_row = draft.row(uid)
+    moved = 0.5
+    if field == parent.field:
+        normal, offset = facet(sample, population.hidden_size, seed)
+        draft.normals.append(normal)
+        draft.offsets.append(offset)
+        draft.leaves = split_leaves(draft.leaves, uid, newborn_uid, len(draft.normals) - 1)
+    else:
+        table = block.vitals.table(slab)
+        moved = float((table.foreign_load[parent.row] / table.load[parent.row].clamp_min(1e-12)).clamp(0, 1))
+    parent_row.life, parent_row.load_share = "parent", 1 - moved
+    draft.slabs["trainable"].append(
+        DraftRow(
+            uid=newborn_uid,
+            clade=parent.clade,
+            field=field,
+            group=parent.group,
+            parent=uid,
+            born=around.step,
+            sources=parent_row.sources,
+            noise_std=noise_std,
+            noise_seed=seed,
+            life="newborn",
+            load_share=moved,
+        )
+    )
+    return draft, _event("split", block, around, reason, (uid,), (newborn_uid,), seed=seed, noise_std=noise_std)
+
+
+def _check_room(block: LivingMoeBlock, around: Surroundings) -> None:
+    count, limit = len(block.population.members), around.lifecycle.max_experts
+    if limit is not None and count + 1 > limit:
+        raise PopulationError(
+            f"layer {block.layer}: a split would make {count + 1} experts but lifecycle.max_experts is {limit}; "
+            f"raise it, or remove or merge experts first."
+        )
+    budget = around.experts.memory_budget_mib
+    needed = (around.bytes_now + around.bytes_per_expert) / 2**20
+    if budget is not None and needed > budget:
+        raise PopulationError(
+            f"layer {block.layer}: a split would bring the experts to {needed:.1f} MiB but experts.memory_budget_mib is "
+            f"{budget:g}; raise it, or remove or merge experts first."
+        )
+
+
+def facet(sample: Tensor | None, hidden_size: int, seed: int) -> tuple[Tensor, float]:
+    """A hyperplane (normal (H,), offset) between the two means of the sample; a random one without enough of it."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(hidden_size, generator=generator)
+    if sample is None or sample.shape[0] < 2:
+        return direction / direction.norm(), 0.0
+    points = sample.detach().float().cpu()
+    center = points.mean(0)
+    # 2-means from the two halves along a random direction (Lloyd); a handful of rounds is enough for a boundary.
+    side = (points - center) @ direction > 0
+    for _ in range(10):
+        if side.all() or not side.any():
+            break
+        high, low = points[side].mean(0), points[~side].mean(0)
+        direction, center = high - low, (high + low) / 2
+        new_side = (points - center) @ direction > 0
+        if torch.equal(new_side, side):
+            break
+        side = new_side
+    norm = direction.norm().clamp_min(1e-12)
+    return direction / norm, float(-(center @ direction) / norm)
+
+
+def remove(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
+    """Death. In its cell the sibling subtree takes over its tokens; a clade that loses its last member ends.
+
+    Raises:
+        PopulationError: Fewer clades than `num_experts_per_tok` would be left.
+    """
+    population = block.population
+    population.find(uid, block.layer)
+    draft = LayerDraft(block, around.experts)
+    draft.take_out(uid)
+    draft.leaves = prune_leaves(remove_owner(draft.leaves, uid), draft.cells())
+    _check_enough(draft, "death")
+    return draft, _event("death", block, around, reason, (uid,), ())
+
+
+def _check_enough(draft: LayerDraft, what: str) -> None:
+    block = draft.block
+    rule = block.router.scoring
+    groups = {row.clade: row.group for rows in draft.slabs.values() for row in rows if row.field == ROOT_FIELD}
+    sizes = sorted(sum(group == g for group in groups.values()) for g in range(rule.num_groups))
+    reachable = sum(sizes[: rule.top_groups])
+    if reachable < rule.top_k:
+        within = f" within {rule.top_groups} of {rule.num_groups} expert groups" if rule.num_groups > 1 else ""
+        raise PopulationError(
+            f"layer {block.layer}: {what} would leave {reachable} living experts{within} to choose from but top_k is "
+            f"{rule.top_k}; raise lifecycle.min_experts or lower num_experts_per_tok."
+        )
+
+
+def merge(
+    block: LivingMoeBlock, uids: Sequence[int], around: Surroundings, reason: Reason
+) -> tuple[LayerDraft, LifecycleEvent]:
+    """Average experts, weighted by load, after matching their hidden units; the result lives on under one uid.
+
+    The survivor is the first named of those with the lowest field (so what old contexts could reach stays
+    reachable). Hidden units are matched by the assignment that maximises the inner product of their weights.
+
+    Raises:
+        PopulationError: Fewer than two different experts, or too few clades would be left.
+    """
+    if isinstance(uids, int) or len(set(uids)) < 2 or len(set(uids)) != len(list(uids)):
+        raise PopulationError(f"layer {block.layer}: a merge needs at least two different uids, got {uids!r}.")
+    population = block.population
+    members = [population.find(uid, block.layer) for uid in uids]
+    survivor = min(members, key=lambda m: m.field)
+    others = [m for m in members if m is not survivor]
+    loads = [float(block.vitals.table(m.slab).load[m.row]) for m in (survivor, *others)]
+    total = sum(loads)
+    weights = [load / total for load in loads] if total > 0 else [1 / len(loads)] * len(loads)
+
+    draft = LayerDraft(block, around.experts)
+    sources = [RowSource(survivor.slab, survivor.row, weights[0])]
+    for other, weight in zip(others, weights[1:], strict=True):
+        sources.append(RowSource(other.slab, other.row, weight, match_neurons(block, survivor, other)))
+    for other in others:
+        draft.take_out(other.uid)
+        if (other.clade, other.field) == (survivor.clade, survivor.field):
+            draft.leaves = hand_over(draft.leaves, other.uid, survivor.uid)
+        else:
+            draft.leaves = remove_owner(draft.leaves, other.uid)
+    draft.leaves = prune_leaves(draft.leaves, draft.cells())
+    row = draft.row(survivor.uid)
+    row.sources, row.life = tuple(sources), "merged"
+    _check_enough(draft, "merge")
+    return draft, _event("merge", block, around, reason, tuple(uids), (survivor.uid,))
+
+
+@torch.no_grad()
+def match_neurons(block: LivingMoeBlock, first: Member, second: Member) -> Tensor | None:
+    """Order of `second`'s hidden units that best matches `first`'s, int64 (I,); None if they match as they are."""
+
+    def features_IF(member: Member) -> Tensor:
+        slab = block.experts.slab(member.slab)
+        gate, up = slab.gate_up_proj[member.row].float().chunk(2, dim=0)
+        return torch.cat([F.normalize(part, dim=1) for part in (gate, up, slab.down_proj[member.row].float().T)], dim=1)
+
+    similarity_II = (features_IF(first) @ features_IF(second).T).cpu()
+    if torch.equal(similarity_II.argmax(dim=1), torch.arange(similarity_II.shape[0])):
+        return None
+    _, order = linear_sum_assignment(similarity_II.numpy(), maximize=True)
+    device = block.experts.slab(second.slab).down_proj.device
+    return torch.as_tensor(order, dtype=torch.int64, device=device)
+
+
+def freeze(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
+    """Move an expert to the frozen slab: no gradients and no optimizer state from then on."""
+    return _move(block, uid, around, reason, "freeze", "frozen")
+
+
+def thaw(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
+    """Move an expert to the trainable slab; its optimizer state starts anew."""
+    return _move(block, uid, around, reason, "thaw", "trainable")
+
+
+def _move(
+    block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, kind: LifecycleKind, target: str
+) -> tuple[LayerDraft, LifecycleEvent]:
+    member = block.population.find(uid, block.layer)
+    if member.slab == target:
+        raise PopulationError(f"layer {block.layer}: expert uid {uid} is {target} already; nothing to {kind}.")
+    draft = LayerDraft(block, around.experts)
+    draft.slabs[target].append(draft.take_out(uid))
+    return draft, _event(kind, block, around, reason, (uid,), (uid,))
+
+
+def part(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
+    """End the clade of `uid`: each member of its cell becomes a clade of its own, with the address it has by now.
+
+    Not exact: from here on the former siblings compete for places in the top-k.
+
+    Raises:
+        PopulationError: The expert shares its clade with nobody in its field.
+    """
+    member = block.population.find(uid, block.layer)
+    cell = block.population.cell(member)
+    if len(cell) < 2:
+        raise PopulationError(f"layer {block.layer}: expert uid {uid} shares its clade with nobody; nothing to part.")
+    uids = tuple(m.uid for m in cell)
+    draft = LayerDraft(block, around.experts)
+    for other in cell:
+        # The clade's root keeps its name, and with it any heirs in other fields.
+        draft.row(other.uid).clade = member.clade if other is cell[0] else other.uid
+    draft.leaves = [leaf for leaf in draft.leaves if leaf.uid not in uids]
+    return draft, _event("part", block, around, reason, uids, uids)
+
+
+def _event(
+    kind: LifecycleKind,
+    block: LivingMoeBlock,
+    around: Surroundings,
+    reason: Reason,
+    parents: tuple[int, ...],
+    children: tuple[int, ...],
+    **extra: Any,
+) -> LifecycleEvent:
+    return LifecycleEvent(
+        kind=kind,
+        step=around.step,
+        layer=block.layer,
+        parents=parents,
+        children=children,
+        metric=reason.metric,
+        value=reason.value,
+        threshold=reason.threshold,
+        **extra,
+    )
+
+
+__all__ = ["Leaf", "Reason", "Surroundings", "freeze", "merge", "part", "remove", "split", "thaw"]

@@ -1,0 +1,90 @@
+"""From proposals to a plan: the events of one lifecycle step after global limits, alike on every rank.
+
+Policies say what they would like; the planner keeps what the budgets, cooldowns and bounds allow, in one
+deterministic order. Applies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from living_moe.configuration.sections import LifecycleConfig
+from living_moe.modeling_living_moe.lifecycle.operations import Reason
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One event a policy would like. `urgency` orders proposals, highest first, across all layers."""
+
+    kind: str
+    layer: int
+    uids: tuple[int, ...]
+    reason: Reason
+    urgency: float
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the limits of one layer depend on."""
+
+    experts: int
+    top_k: int
+    steps_since_event: int
+
+
+@dataclass
+class Budget:
+    """What one lifecycle step may still spend."""
+
+    events: int
+    splits_by_memory: int | None
+    experts: list[int] = field(default_factory=list)
+
+
+def plan(
+    proposals: Sequence[Proposal], layers: Sequence[LayerState], config: LifecycleConfig, splits_by_memory: int | None
+) -> list[Proposal]:
+    """Proposals that the limits allow, most urgent first.
+
+    Args:
+        proposals: Of all layers, in any order.
+        layers: State of each living layer.
+        splits_by_memory: Splits that `experts.memory_budget_mib` still allows; None is no bound.
+    """
+    budget = Budget(config.max_events_per_step, splits_by_memory, [layer.experts for layer in layers])
+    chosen: list[Proposal] = []
+    touched: set[tuple[int, int]] = set()
+    for proposal in sorted(proposals, key=lambda p: (-p.urgency, p.layer, p.uids, p.kind)):
+        if len(chosen) >= budget.events:
+            break
+        state = layers[proposal.layer]
+        if state.steps_since_event < config.cooldown_steps:
+            continue
+        if any((proposal.layer, uid) in touched for uid in proposal.uids):
+            continue
+        if not _fits(proposal, state, config, budget):
+            continue
+        touched.update((proposal.layer, uid) for uid in proposal.uids)
+        chosen.append(proposal)
+    return chosen
+
+
+def _fits(proposal: Proposal, state: LayerState, config: LifecycleConfig, budget: Budget) -> bool:
+    """Whether bounds allow it; if so, charge the budget."""
+    count = budget.experts[proposal.layer]
+    if proposal.kind == "split":
+        if config.max_experts is not None and count + 1 > config.max_experts:
+            return False
+        if budget.splits_by_memory is not None:
+            if budget.splits_by_memory < 1:
+                return False
+            budget.splits_by_memory -= 1
+        budget.experts[proposal.layer] += 1
+    elif proposal.kind in ("death", "merge"):
+        lost = len(proposal.uids) - (proposal.kind == "merge")
+        floor = config.min_experts if config.min_experts is not None else state.top_k + 1
+        if count - lost < floor:
+            return False
+        budget.experts[proposal.layer] -= lost
+    return True

@@ -1,0 +1,321 @@
+"""`LivingMoeModel` and `LivingMoeForCausalLM`: a source family's model whose MoE layers are populations.
+
+Composition over the family's Transformers classes (see `backbone.py`); what a population can do is in
+`lifecycle/api.py`, how a model is saved and loaded in `checkpoint.py`.
+
+B batch, S sequence, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import can_return_tuple
+
+from living_moe.configuration import LivingMoeConfig
+from living_moe.configuration.errors import ConfigurationError
+from living_moe.modeling_living_moe.backbone import (
+    NUM_FIELDS,
+    init_living_weights,
+    living_backbone_class,
+)
+from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
+from living_moe.modeling_living_moe.checkpoint import CheckpointMixin
+from living_moe.modeling_living_moe.deltas import FieldDelta
+from living_moe.modeling_living_moe.families import family_of
+from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
+from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
+from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields, evidence_history, remember
+from living_moe.modeling_living_moe.router import load_balancing_loss
+
+
+class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel):
+    """Base of the living models: Transformers' contract, the population's API, strict checkpoints."""
+
+    config: LivingMoeConfig
+    config_class = LivingMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Transformers finds these by searching a module's source text, where composition leaves no trace.
+    _can_set_experts_implementation_cached_value = True
+    _can_set_attn_implementation_cached_value = True
+    # DeepSeek-V3's selection bias, vitals and densities are measurements, not weights.
+    _keep_in_fp32_modules_strict = ["population", "vitals", "fields"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_living_weights(module, self.config.backbone_config.initializer_range)
+
+    @property
+    def living_blocks(self) -> list[LivingMoeBlock]:
+        """The living layers' blocks, by layer number."""
+        return [module for module in self.modules() if isinstance(module, LivingMoeBlock)]
+
+
+class LivingMoeModel(LivingMoePreTrainedModel):
+    """The source family's decoder with living MoE layers, without a head.
+
+    Args:
+        config: Fills `config.populations` with the graft's when it is None.
+    """
+
+    # A causal-LM checkpoint loads into this class too; its head is not ours.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^head_delta\."]
+
+    def __init__(self, config: LivingMoeConfig):
+        super().__init__(config)
+        backbone_class = living_backbone_class(family_of(config.backbone_config).model_class)
+        self.backbone = backbone_class(config)  # type: ignore[arg-type]
+        self.fields = (
+            ReceptiveFields(config.receptive_field, config.backbone_config.vocab_size, NUM_FIELDS)
+            if config.receptive_field.enabled
+            else None
+        )
+        #: Optimizer steps lived; a buffer so that it is saved, never read back per step.
+        self.register_buffer("lifecycle_steps", torch.tensor(0))
+        self._steps: int | None = None
+        self.lineage_ = Lineage()
+        #: Of the last forward pass, for what comes after the backbone (head delta, auxiliary losses).
+        self.last_context = ForwardContext()
+        self.post_init()
+
+    lifecycle_steps: Tensor
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """As the backbone's forward. Tokens given as `inputs_embeds` carry no evidence for receptive fields."""
+        context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
+        context.keep_choices = bool(kwargs.get("output_router_logits"))
+        self.last_context = context
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)
+        outputs: MoeModelOutputWithPast = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            living_context=context,
+            **kwargs,
+        )
+        if context.gate is not None and outputs.past_key_values is not None:
+            remember(outputs.past_key_values, context.gate)
+        return outputs
+
+    def read_context(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+    ) -> ForwardContext:
+        """Which tokens are padding, and which field each token is in."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            return ForwardContext()
+        length = given.shape[1]
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            # With a cache the mask covers the past too; the tokens of this pass are the last ones.
+            mask = attention_mask[:, -length:].bool()
+        gate: FieldGate | None = None
+        if self.fields is not None:
+            history = None if past_key_values is None else evidence_history(past_key_values)
+            ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
+            gate = self.fields(ids, mask, history)
+            if self.training and input_ids is not None:
+                self.fields.observe(input_ids, mask)
+        return ForwardContext(gate, mask, observe=self.training)
+
+    def calibrate(self, token_ids: Tensor) -> None:
+        """Show the model text of what it already knows, so that newborn fields can tell it from new text.
+
+        Args:
+            token_ids: int64, shape (tokens,) or (documents, tokens).
+
+        Raises:
+            ConfigurationError: The model has no receptive fields.
+        """
+        if self.fields is None:
+            raise ConfigurationError(
+                "this model has no receptive fields; set receptive_field.enabled (preset frozen-graft)."
+            )
+        self.fields.calibrate(token_ids)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.fields is not None:
+            self.fields.resize_vocab(embeddings.weight.shape[0])
+        return embeddings
+
+
+class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
+    """A living model with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
+
+    def __init__(self, config: LivingMoeConfig):
+        super().__init__(config)
+        backbone = config.backbone_config
+        self.model = LivingMoeModel(config)
+        self.vocab_size = backbone.vocab_size
+        self.lm_head = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False)
+        rank = config.receptive_field.head_rank if config.receptive_field.enabled else 0
+        self.head_delta = FieldDelta(backbone.hidden_size, backbone.vocab_size, rank, NUM_FIELDS) if rank else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def calibrate(self, token_ids: Tensor) -> None:
+        """See `LivingMoeModel.calibrate`."""
+        self.model.calibrate(token_ids)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Next-token logits, and the loss when `labels` are given.
+
+        Args:
+            labels: int64 (B, S), -100 is ignored; shifted inside.
+            output_router_logits: Return each living layer's router logits (tokens, alive experts) and add the
+                load-balancing loss, weighted by `router.aux_loss_coef` (None: the source's own weight).
+            logits_to_keep: Compute logits for the last n positions only (0: all), or for the given indices.
+
+        Returns:
+            `logits` (B, S, V), `loss`, `aux_loss` and what the backbone returns.
+        """
+        if output_router_logits is None:
+            output_router_logits = bool(self.config.output_router_logits)
+        self.model.last_context.choices.clear()
+        z_loss_coef = self.config.router.z_loss_coef
+        want_logits = output_router_logits or (z_loss_coef > 0 and labels is not None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=want_logits,
+            **kwargs,
+        )
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden)
+        if self.head_delta is not None:
+            logits = self._apply_head_delta(hidden, logits, logits_to_keep)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        if output_router_logits and (coefficient := self.aux_loss_coef) is not None:
+            aux_loss = self._load_balancing_loss(outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + coefficient * aux_loss.to(loss.device)
+        if loss is not None and z_loss_coef > 0:
+            squares = [
+                layer.float().logsumexp(dim=-1).square().mean().to(loss.device) for layer in outputs.router_logits
+            ]
+            loss = loss + z_loss_coef * torch.stack(squares).mean()
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _apply_head_delta(self, hidden: Tensor, logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        assert self.head_delta is not None
+        context = self.model.last_context
+        if context.gate is None or not (self.training or context.gate.any_open()):
+            return logits
+        index = context.gate.index.to(hidden.device)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        index = index if isinstance(keep, int) else index[:, keep]
+        return self.head_delta(hidden, logits, index)
+
+    @property
+    def aux_loss_coef(self) -> float | None:
+        """Weight of the load-balancing loss; None for families that have none, unless the config sets one."""
+        own = self.config.router.aux_loss_coef
+        return own if own is not None else getattr(self.config.backbone_config, "router_aux_loss_coef", None)
+
+    def _load_balancing_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        blocks = self.living_blocks
+        counts = set(self.expert_counts)
+        top_k = blocks[0].router.scoring.top_k
+        if len(counts) == 1 and all(block.population.is_fresh for block in blocks):
+            # Until the first event the source's own loss, which pools the layers before it multiplies.
+            return load_balancing_loss_func(router_logits, counts.pop(), top_k, attention_mask)
+        context = self.model.last_context
+        losses = []
+        for block in blocks:
+            terms = field_balance(context, block.layer, attention_mask)
+            losses.append(terms.to(router_logits[0].device))
+        return torch.stack(losses).mean()
+
+
+def field_balance(context: ForwardContext, layer: int, attention_mask: Tensor | None) -> Tensor:
+    """Load-balancing loss of one layer: per field over the clades its tokens see, weighted by the field's tokens."""
+    fields = context.choices[layer]
+    device = fields[0][0].device
+    weight_T = torch.ones(fields[0][0].shape[0], device=device)
+    if attention_mask is not None:
+        weight_T = attention_mask.reshape(-1).to(device, torch.float32)
+    if context.gate is None or len(fields) == 1:
+        return load_balancing_loss(*fields[0], weight_T)
+    index_T = context.gate.index.reshape(-1).to(device)
+    total = weight_T.sum().clamp_min(1.0)
+    loss = torch.zeros((), device=device)
+    for field, (logits_TN, clades_TK) in enumerate(fields):
+        mine_T = weight_T * (index_T == field)
+        loss = loss + load_balancing_loss(logits_TN, clades_TK, mine_T) * (mine_T.sum() / total)
+    return loss
+
+
+__all__ = ["LivingMoeForCausalLM", "LivingMoeModel", "LivingMoePreTrainedModel"]

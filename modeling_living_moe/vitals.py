@@ -1,0 +1,160 @@
+"""What is measured per expert while a model trains: load, routing weight, gradient norm, age.
+
+Observation costs two scatter-adds per layer and never waits for the device. Counts go to plain tensors, not
+buffers: DistributedDataParallel would overwrite buffers with rank 0's. Once per optimizer step they are summed over
+ranks and folded into moving averages, alike on every rank. Evaluation and recomputation under gradient
+checkpointing observe nothing.
+
+C capacity, E alive experts in slot order, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, RowTable
+
+#: Columns that `model.vitals(layer)` shows.
+SHOWN = ("load", "router_weight", "grad_norm", "foreign_load", "age", "tokens")
+#: Rows sampled per layer and forward: the "recent queries" a split divides.
+SAMPLE_ROWS = 256
+
+
+class VitalsTable(RowTable):
+    """Measurements of the experts of one slab."""
+
+    columns = {
+        # Moving average of tokens received, in multiples of the uniform share (1.0 is balanced).
+        "load": (torch.float32, 0.0),
+        # Moving average of the mean routing weight per received token.
+        "router_weight": (torch.float32, 0.0),
+        # Moving average of the L2 norm of the expert's gradient (both projections).
+        "grad_norm": (torch.float32, 0.0),
+        # Like `load`, but only tokens of another field than the expert's own: demand it cannot learn from.
+        "foreign_load": (torch.float32, 0.0),
+        # Optimizer steps lived, and tokens received in all (pairs of token and expert).
+        "age": (torch.int64, 0),
+        "tokens": (torch.int64, 0),
+        # Decisions in a row that found the expert overloaded, or starved (hysteresis of the policy).
+        "overloaded": (torch.int64, 0),
+        "starved": (torch.int64, 0),
+    }
+    load: Tensor
+    router_weight: Tensor
+    grad_norm: Tensor
+    foreign_load: Tensor
+    age: Tensor
+    tokens: Tensor
+    overloaded: Tensor
+    starved: Tensor
+
+
+class Vitals(KeepsDtype):
+    """Vitals of one layer: a `VitalsTable` per slab, and the pending counts of the present step."""
+
+    def __init__(self, capacities: dict[str, int], decay: float):
+        super().__init__()
+        self.decay = decay
+        for name in SLABS:
+            if capacity := capacities.get(name, 0):
+                self.add_module(name, VitalsTable(capacity))
+        #: Steps folded so far, and the step of the layer's last event.
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("last_event", torch.tensor(-1_000_000_000))
+        #: Rows tokens, routing weight, foreign tokens: (3, E), fp64.
+        self.pending: Tensor | None = None
+        #: Tokens per alive expert since the optimizer last asked, int64 (E,).
+        self.since_step: Tensor | None = None
+        #: A sample of the last forward's router inputs (S, H) and choices (S, K).
+        self.sample: tuple[Tensor, Tensor] | None = None
+
+    steps: Tensor
+    last_event: Tensor
+
+    def table(self, slab: str) -> VitalsTable:
+        return self.get_submodule(slab)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def observe(
+        self,
+        hidden_TH: Tensor,
+        weights_TK: Tensor,
+        index_TK: Tensor,
+        num_experts: int,
+        token_mask_T: Tensor | None,
+        foreign_TK: Tensor | None,
+    ) -> None:
+        """Count one forward. `foreign_TK` is 1 where a token's field is not its expert's."""
+        tokens, top_k = index_TK.shape
+        index = index_TK.flatten()
+        # fp64 keeps long accumulations exact; Apple's devices have none.
+        dtype = torch.float32 if index.device.type == "mps" else torch.float64
+        if token_mask_T is None:
+            ones = torch.ones(index.shape, dtype=dtype, device=index.device)
+        else:
+            ones = token_mask_T.to(dtype).repeat_interleave(top_k)
+        foreign = torch.zeros_like(ones) if foreign_TK is None else foreign_TK.flatten() * ones
+        rows = [ones, weights_TK.flatten() * ones, foreign]
+        counts = torch.zeros(3, num_experts, dtype=dtype, device=index.device)
+        counts.scatter_add_(1, index.expand(3, -1), torch.stack(rows))
+        received = counts[0].long()
+        self.pending = counts if self.pending is None else self.pending + counts
+        self.since_step = received if self.since_step is None else self.since_step + received
+        stride = max(1, tokens // SAMPLE_ROWS)
+        self.sample = (hidden_TH[::stride][:SAMPLE_ROWS].detach().clone(), index_TK[::stride][:SAMPLE_ROWS].clone())
+
+    def follow(self, new_index: list[int], size: int) -> None:
+        """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
+        alive = [old for old, new in enumerate(new_index) if new >= 0]
+        places = [new_index[old] for old in alive]
+
+        def moved(counts: Tensor) -> Tensor:
+            result = counts.new_zeros((*counts.shape[:-1], size))
+            result[..., places] = counts[..., alive]
+            return result
+
+        if self.pending is not None:
+            self.pending = moved(self.pending)
+        if self.since_step is not None:
+            self.since_step = moved(self.since_step)
+        if self.sample is not None:
+            hidden_SH, index_SK = self.sample
+            self.sample = (hidden_SH, torch.tensor(new_index, device=index_SK.device)[index_SK])
+
+    @torch.no_grad()
+    def fold(self, counts: Tensor, alive: dict[str, int], grad_norms: dict[str, Tensor] | None) -> None:
+        """Fold one optimizer step's counts (3, E), summed over ranks, into the moving averages.
+
+        `grad_norms` holds (alive,) tensors of trainable slabs, or None on steps that do not read gradients.
+        """
+        # A running mean until the window is full, so that early averages are not biased towards zero.
+        learn = 1.0 - torch.clamp(self.steps / (self.steps + 1.0), max=self.decay).float()
+        total = counts[0].sum().clamp_min(1.0)
+        uniform = counts.shape[1] / total
+        first = 0
+        for slab, count in alive.items():
+            table = self.table(slab)
+            received, weight, foreign = counts[:, first : first + count]
+            table.load[:count].lerp_((received * uniform).float(), learn)
+            table.foreign_load[:count].lerp_((foreign * uniform).float(), learn)
+            mean_weight = (weight / received.clamp_min(1.0)).float()
+            seen = received > 0
+            old_weight = table.router_weight[:count]
+            old_weight.copy_(torch.where(seen, torch.lerp(old_weight, mean_weight, learn), old_weight))
+            if grad_norms is not None and slab in grad_norms:
+                table.grad_norm[:count].lerp_(grad_norms[slab].float(), learn)
+            table.age[:count] += 1
+            table.tokens[:count] += received.long()
+            first += count
+        self.steps += 1
+
+
+def row_norms(parameters: list[nn.Parameter], count: int) -> Tensor | None:
+    """L2 norm per slot over several slab parameters' gradients, fp32 (count,); None if none has a gradient."""
+    total: Tensor | None = None
+    for parameter in parameters:
+        if parameter.grad is not None:
+            squares = torch.linalg.vector_norm(parameter.grad[:count].flatten(1), dim=1, dtype=torch.float32).square()
+            total = squares if total is None else total + squares
+    return None if total is None else total.sqrt()
