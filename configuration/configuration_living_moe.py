@@ -96,7 +96,8 @@ class LivingMoeConfig(PreTrainedConfig):
         format_version: Of the checkpoint; newer than `FORMAT_VERSION` is refused.
         preset: Name of the preset the sections came from: a record, read by nobody.
         populations: One dict per living layer, from slab name ("frozen", "trainable") to its number of experts, each
-            > 0; a slab without experts is left out. None until a model fills it.
+            > 0; a slab without experts is left out. Layers whose clades have split also hold "facets" and "leaves",
+            the sizes of those tables. None until a model fills it.
         router, experts, vitals, receptive_field, lifecycle: The sections (see sections.py), as an instance (kept as
             one) or a dict of the fields that differ from the defaults.
         provenance: Where the model comes from and what was measured, as its model card tells it: base_model, family,
@@ -462,7 +463,7 @@ def _check_format_version(value: Any) -> None:
 
 
 def _in_slot_order(populations: Any) -> list[dict[str, int]] | None:
-    """A checked copy of `populations`, each layer's slabs in slot order."""
+    """A checked copy of `populations`, each layer's slabs in slot order and its table sizes after them."""
     if populations is None:
         return None
     if not isinstance(populations, (list, tuple)):
@@ -476,10 +477,10 @@ def _in_slot_order(populations: Any) -> list[dict[str, int]] | None:
         for slab, count in population.items():
             if slab not in (*SLABS, *FACET_TABLES):
                 hint = did_you_mean(str(slab), (*SLABS, *FACET_TABLES))
-                raise ConfigurationError(f"populations[{layer}] has an unknown slab {slab!r}.{hint}")
+                raise ConfigurationError(f"populations[{layer}] has an unknown entry {slab!r}.{hint}")
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ConfigurationError(
-                    f"populations[{layer}][{slab!r}] must be an int > 0, got {count!r}; leave out an empty slab."
+                    f"populations[{layer}][{slab!r}] must be an int > 0, got {count!r}; leave out what is empty."
                 )
         checked.append({name: population[name] for name in (*SLABS, *FACET_TABLES) if name in population})
     return checked
