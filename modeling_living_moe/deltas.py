@@ -158,6 +158,7 @@ def attach_deltas(decoder_layer: nn.Module, names: list[str], rank: int, num_fie
         # A bound method, not a closure: `copy.deepcopy` and pickle follow it to the copy's own delta.
         linear.register_forward_hook(delta.after_linear)
         deltas[f"{name}_delta"] = delta
+    deltas.train(attention.training)
     attention.gate_holder = holder  # type: ignore[assignment]
     attention.add_module(FIELD_DELTAS, deltas)
 

@@ -21,6 +21,7 @@ must not touch hidden states, gradients, or the experts of a field; all its stat
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -313,7 +314,7 @@ class ReceptiveFields(nn.Module):
         evidence = linear_recurrence(keep.unsqueeze(0), added.unsqueeze(0)).squeeze(0)[real]
         ordered = evidence.sort(dim=0).values
         # Between two neighbours, so that no calibration token sits on the threshold and falls by rounding.
-        below = min(max(int(self.quantile * ordered.shape[0]), 1), ordered.shape[0])
+        below = math.ceil(self.quantile * ordered.shape[0])
         above = min(below, ordered.shape[0] - 1)
         threshold = (ordered[below - 1] + ordered[above]) / 2
         return _Tables(True, log_ratio, threshold.clamp_min(0.0))
