@@ -12,6 +12,7 @@ ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Scripts are run as `$(PY) $(BIN)/name`: their first line names the folder the environment was made in, which may move.
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 # Named after this checkout, so that another one's editable install in the same environment is not taken for ours.
@@ -46,11 +47,11 @@ torch: $(PY)
 	else $(PY) -m pip install '$(TORCH)' || $(PY) -m pip install 'torch>=2.9'; fi
 
 quickstart: $(STAMP)
-	$(BIN)/living-moe quickstart $(ARGS)
+	$(PY) $(BIN)/living-moe quickstart $(ARGS)
 
 # One thread a worker: two pools of spinning threads on two cores halve each other.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,7 +62,7 @@ types: $(STAMP)
 	rm -rf build
 	$(PY) -m pip install --quiet --no-deps --target build/installed .
 	test -f build/installed/living_moe/py.typed
-	cd build/installed && $(BIN)/mypy --config-file "$(CURDIR)/setup.cfg" --cache-dir "$(CURDIR)/.mypy_cache" -p living_moe
+	cd build/installed && $(PY) $(BIN)/mypy --config-file "$(CURDIR)/setup.cfg" --cache-dir "$(CURDIR)/.mypy_cache" -p living_moe
 
 bench: $(STAMP)
 	$(PY) benchmarks/throughput.py $(ARGS)

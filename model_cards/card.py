@@ -126,7 +126,7 @@ def is_hub_id(name: str) -> bool:
     A relative path can look like an id, so a name that exists on this disk is a path, as `from_pretrained` has it.
     Names without a namespace are not taken for ids: only a few legacy repositories have such.
     """
-    if name.count("/") != 1 or not name.isascii() or name.split() != [name] or os.path.exists(name):
+    if name.count("/") != 1 or not name.isascii() or os.path.exists(name):
         return False
     if re.search(r"\.(arrow|csv|gz|json|jsonl|parquet|txt|zst)$", name, re.IGNORECASE):
         return False  # A data file that is no longer there.
@@ -189,8 +189,8 @@ def _slug(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """`text` on one line, without control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    """`text` on one line."""
+    return " ".join(text.split())
 
 
 def _shown(name: str) -> str:
