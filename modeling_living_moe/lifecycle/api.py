@@ -132,27 +132,27 @@ class LifecycleMixin:
     def merge_experts(self, layer: int, uids: Sequence[int], *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Average experts into one, weighted by load, after matching their hidden units. See `operations.merge`."""
         block = self.living_block(layer)
-        return self._apply(operations.merge(block, uids, self._surroundings(), REQUEST), optimizer)
+        return self._happen(operations.merge(block, uids, self._surroundings(), REQUEST), optimizer)
 
     def remove_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Death of an expert. Exact if it serves no token. Raises `PopulationError` below top-k."""
         block = self.living_block(layer)
-        return self._apply(operations.remove(block, uid, self._surroundings(), REQUEST), optimizer)
+        return self._happen(operations.remove(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def freeze_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Move an expert to the frozen slab: it keeps serving, and never changes again until thawed."""
         block = self.living_block(layer)
-        return self._apply(operations.freeze(block, uid, self._surroundings(), REQUEST), optimizer)
+        return self._happen(operations.freeze(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def thaw_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Move an expert to the trainable slab."""
         block = self.living_block(layer)
-        return self._apply(operations.thaw(block, uid, self._surroundings(), REQUEST), optimizer)
+        return self._happen(operations.thaw(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def part_clade(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """End the clade of an expert: its members become clades of their own. Not exact; see `operations.part`."""
         block = self.living_block(layer)
-        return self._apply(operations.part(block, uid, self._surroundings(), REQUEST), optimizer)
+        return self._happen(operations.part(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def _split(
         self, layer: int, uid: int, reason: Reason, noise_std: float, optimizer: Optimizer | None
@@ -161,7 +161,7 @@ class LifecycleMixin:
         drafted = operations.split(
             block, uid, self._surroundings(), reason, noise_std=noise_std, sample=_recent_queries(block, uid)
         )
-        return self._apply(drafted, optimizer)
+        return self._happen(drafted, optimizer)
 
     def _surroundings(self) -> Surroundings:
         pools = [block.experts for block in self.living_blocks]
@@ -178,7 +178,7 @@ class LifecycleMixin:
             bytes_per_expert=max(size for size, _ in sizes),
         )
 
-    def _apply(self, drafted: tuple[LayerDraft, LifecycleEvent], optimizer: Optimizer | None) -> LifecycleEvent:
+    def _happen(self, drafted: tuple[LayerDraft, LifecycleEvent], optimizer: Optimizer | None) -> LifecycleEvent:
         """Stage everything, then commit; an error while staging leaves model, optimizer and lineage as they were."""
         draft, event = drafted
         before = draft.block.capacities()
@@ -300,8 +300,8 @@ class LifecycleMixin:
             "part": operations.part,
         }
         if proposal.kind == "merge":
-            return self._apply(operations.merge(block, proposal.uids, around, proposal.reason), optimizer)
-        return self._apply(single[proposal.kind](block, proposal.uids[0], around, proposal.reason), optimizer)
+            return self._happen(operations.merge(block, proposal.uids, around, proposal.reason), optimizer)
+        return self._happen(single[proposal.kind](block, proposal.uids[0], around, proposal.reason), optimizer)
 
     def _splits_by_memory(self) -> int | None:
         budget = self.config.experts.memory_budget_mib
