@@ -311,16 +311,15 @@ class ReceptiveFields(nn.Module):
         real = ids != BOUNDARY
         keep = torch.where(real, self.decay, 0.0).to(dtype)
         added = self._ratios(ids, log_ratio) * (1 - self.decay)
-        evidence = linear_recurrence(keep.unsqueeze(0), added.unsqueeze(0)).squeeze(0)[real]
-        ordered = evidence.sort(dim=0).values
+        evidence = linear_recurrence(keep.unsqueeze(0), added.unsqueeze(0), reach=WINDOW).squeeze(0)[real]
+        number = evidence.shape[0]
+        highest = evidence.topk(number - math.ceil(self.quantile * number) + 1, dim=0).values
         # Between two neighbours, so that no calibration token sits on the threshold and falls by rounding.
-        below = math.ceil(self.quantile * ordered.shape[0])
-        above = min(below, ordered.shape[0] - 1)
-        threshold = (ordered[below - 1] + ordered[above]) / 2
+        threshold = (highest[-1] + highest[max(highest.shape[0] - 2, 0)]) / 2
         return _Tables(True, log_ratio, threshold.clamp_min(0.0))
 
 
-def linear_recurrence(keep: Tensor, added: Tensor, start: Tensor | None = None) -> Tensor:
+def linear_recurrence(keep: Tensor, added: Tensor, start: Tensor | None = None, reach: int | None = None) -> Tensor:
     """All states of e_t = keep_t * e_{t-1} + added_t, in log2(T) vectorised passes.
 
     Doubling scan (Hillis & Steele 1986, Commun. ACM 29(12)); linear in memory, no T x T matrix. Stable for keep in
@@ -330,12 +329,13 @@ def linear_recurrence(keep: Tensor, added: Tensor, start: Tensor | None = None) 
         keep: (B, T).
         added: (B, T, F), same dtype.
         start: (B, F), the state before the first token; None is zero.
+        reach: No more than this many keeps in a row are other than 0, which saves passes; None promises nothing.
 
     Returns:
         (B, T, F).
     """
-    span = 1
-    while span < added.shape[1]:
+    span, reach = 1, added.shape[1] if reach is None else min(reach + 1, added.shape[1])
+    while span < reach:
         # Position t now holds the last `span` tokens up to t as one step; prepend the `span` before those.
         added = torch.cat([added[:, :span], added[:, span:] + keep[:, span:, None] * added[:, :-span]], dim=1)
         keep = torch.cat([keep[:, :span], keep[:, span:] * keep[:, :-span]], dim=1)

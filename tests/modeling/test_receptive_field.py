@@ -138,6 +138,13 @@ def test_a_scan_longer_than_any_chunk_stays_exact() -> None:
     torch.testing.assert_close(linear_recurrence(keep, added, start), torch.stack(expected, 1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("reach", [1, 6, 7, 8, 100])
+def test_a_scan_told_how_far_states_reach_gives_the_same(reach: int) -> None:
+    keep, added = torch.rand(1, 100, dtype=torch.float64), torch.randn(1, 100, 1, dtype=torch.float64)
+    keep[:, :: reach + 1] = 0.0
+    torch.testing.assert_close(linear_recurrence(keep, added, reach=reach), linear_recurrence(keep, added))
+
+
 def test_the_field_of_a_token_does_not_depend_on_later_tokens() -> None:
     fields = make_fields(2)
     ids = torch.cat([old_text(30), new_text(30)]).unsqueeze(0)
