@@ -67,6 +67,9 @@ class ExpertSlab(nn.Module):
             gate, up = F.linear(hidden_TH[token], gate_up[row]).chunk(2, dim=-1)
             expert_out = F.linear(self.act_fn(gate) * up, down[row])
             output_TH.index_add_(0, token, (expert_out * weights_TK[token, place, None]).to(output_TH.dtype))
+        if not hit and self.trainable:
+            # Without a token too the weights take part, with a zero gradient: DDP waits for one on every rank.
+            output_TH = output_TH + 0.0 * (self.gate_up_proj[0, 0, 0] + self.down_proj[0, 0, 0])
         return output_TH
 
 

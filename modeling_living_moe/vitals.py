@@ -10,14 +10,17 @@ C capacity, E alive experts in slot order, T tokens, K experts per token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from living_moe.modeling_living_moe.distributed import rank, world_size
 from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, RowTable
 
 #: Columns that `model.vitals(layer)` shows.
 SHOWN = ("load", "router_weight", "grad_norm", "foreign_load", "age", "tokens")
-#: Rows sampled per layer and forward: the "recent queries" a split divides.
+#: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
 
 
@@ -101,8 +104,10 @@ class Vitals(KeepsDtype):
         received = counts[0].long()
         self.pending = counts if self.pending is None else self.pending + counts
         self.since_step = received if self.since_step is None else self.since_step + received
-        stride = max(1, tokens // SAMPLE_ROWS)
-        self.sample = (hidden_TH[::stride][:SAMPLE_ROWS].detach().clone(), index_TK[::stride][:SAMPLE_ROWS].clone())
+        # Every n-th token of all ranks' tokens, so that many processes sample what one would.
+        stride = max(1, math.ceil(tokens * world_size() / SAMPLE_ROWS))
+        first = -rank() * tokens % stride
+        self.sample = (hidden_TH[first::stride].detach().clone(), index_TK[first::stride].clone())
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
