@@ -1,0 +1,156 @@
+"""The `living-moe` command: convert, inspect, train, quickstart, card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from living_moe.configuration import PRESETS, LivingMoeError
+from living_moe.configuration.errors import ConfigurationError
+from living_moe.version import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="living-moe", description="Mixture-of-experts layers as living populations, on Hugging Face Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"living-moe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    convert = commands.add_parser("convert", help="graft a pretrained MoE checkpoint; outputs stay the same")
+    convert.add_argument("source", help="checkpoint directory or hub id of a Mixtral, Qwen3-MoE or DeepSeek-V3 model")
+    convert.add_argument("target", type=Path, help="directory for the living checkpoint; must not exist or be empty")
+    convert.add_argument("--preset", default="frozen-graft", help=f"one of: {', '.join(PRESETS)} (default %(default)s)")
+    convert.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override one field of the preset, e.g. --set lifecycle.interval=5 (may be repeated)",
+    )
+    convert.add_argument("--dtype", help="load and save in this dtype: float32, bfloat16, ... (default: the source's)")
+    convert.add_argument(
+        "--calibration",
+        type=Path,
+        help="text file of what the source knows; newborn receptive fields tell new text from it",
+    )
+    convert.add_argument("--no-verify", action="store_true", help="do not compare logits with the source")
+    convert.set_defaults(run=run_convert)
+
+    inspect = commands.add_parser("inspect", help="show a living checkpoint's populations, parameters and events")
+    inspect.add_argument("checkpoint", type=Path)
+    inspect.add_argument("--events", type=int, default=10, help="how many of the last events to show (default 10)")
+    inspect.set_defaults(run=run_inspect)
+
+    train = commands.add_parser(
+        "train", help="train a living model in this process (see also: accelerate launch -m living_moe.training.train)"
+    )
+    train.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of living_moe.training.train")
+    train.set_defaults(run=run_train)
+
+    quickstart = commands.add_parser(
+        "quickstart", help="the whole story on text of the running interpreter: train, graft, learn, grow, save, load"
+    )
+    quickstart.add_argument(
+        "--first", type=Path, help="text file of the first domain (default: Python's documentation)"
+    )
+    quickstart.add_argument(
+        "--second", type=Path, help="text file of the second domain (default: Python's source code)"
+    )
+    quickstart.add_argument("--output", type=Path, default=Path("quickstart"), help="directory (default %(default)s)")
+    quickstart.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
+    quickstart.add_argument("--smoke", action="store_true", help="a few steps only: checks that everything runs")
+    quickstart.set_defaults(run=run_quickstart)
+
+    card = commands.add_parser("card", help="print the model card of a living checkpoint")
+    card.add_argument("checkpoint", type=Path)
+    card.set_defaults(run=run_card)
+    return parser
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`section.field=value` texts as nested dicts; values are JSON, or plain text.
+
+    Raises:
+        ConfigurationError: A text has another form.
+    """
+    overrides: dict[str, dict[str, Any]] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        section, dot, field = name.partition(".")
+        if not (equals and dot and section and field):
+            raise ConfigurationError(f"--set {assignment!r} must have the form section.field=value.")
+        try:
+            value = json.loads(text.lower() if text in ("True", "False", "None") else text)
+        except json.JSONDecodeError:
+            value = None if text == "None" else text
+        overrides.setdefault(section, {})[field] = value
+    return overrides
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    from living_moe.conversion import convert
+    from living_moe.texts import calibration_ids
+
+    overrides: dict[str, Any] = dict(parse_overrides(arguments.set))
+    if arguments.dtype:
+        overrides["dtype"] = arguments.dtype
+    ids = None if arguments.calibration is None else calibration_ids(arguments.source, arguments.calibration)
+    convert(
+        arguments.source,
+        arguments.target,
+        preset=arguments.preset,
+        calibration=ids,
+        verify=not arguments.no_verify,
+        **overrides,
+    )
+    print(f"living checkpoint written to {arguments.target}")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from living_moe.inspection import inspect_checkpoint, show
+
+    show(inspect_checkpoint(arguments.checkpoint), Console(), events=arguments.events)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from living_moe.training.train import main as train
+
+    train(arguments.arguments)
+
+
+def run_quickstart(arguments: argparse.Namespace) -> None:
+    from living_moe.quickstart import quickstart
+
+    quickstart(
+        arguments.output, first=arguments.first, second=arguments.second, seed=arguments.seed, smoke=arguments.smoke
+    )
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    from living_moe.modeling_living_moe import LivingMoeForCausalLM
+    from living_moe.records import write_card
+
+    model = LivingMoeForCausalLM.from_pretrained(arguments.checkpoint)
+    print(write_card(model, arguments.checkpoint.resolve()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0, or 1 after one clear line about what was wrong."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except LivingMoeError as error:
+        print(f"living-moe {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`living-moe inspect`: the populations of a checkpoint as tables. Reads headers and small tables, never the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from living_moe.configuration import LivingMoeConfig
+from living_moe.configuration.errors import CheckpointError
+from living_moe.model_cards.card import ParameterCounts
+from living_moe.modeling_living_moe import LivingMoeForCausalLM
+from living_moe.modeling_living_moe.checkpoint import check_files, check_population
+from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
+from living_moe.modeling_living_moe.population import Population
+from living_moe.records import parameter_counts
+
+#: Parts of a tensor's name that mark the small tables read from disk.
+_TABLES = (".population.", ".vitals.")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says about itself."""
+
+    path: Path
+    config: LivingMoeConfig
+    populations: list[Population]
+    vitals: list[dict[str, Tensor]]
+    parameters: ParameterCounts
+    lineage: Lineage
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Read a living checkpoint's populations, parameter counts and lineage.
+
+    Raises:
+        CheckpointError: Not a living checkpoint, or a damaged one.
+        ConfigurationError: Its config.json does not fit this version.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; inspect needs a checkpoint on disk.")
+    check_files(directory)
+    config = LivingMoeConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = LivingMoeForCausalLM(config)
+    for name, tensor in read_tables(directory).items():
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            owner: nn.Module = model.get_submodule(owner_name)
+        except AttributeError as error:
+            raise CheckpointError(f"{directory}: tensor {name} does not fit its config.json.") from error
+        owner._buffers[leaf] = tensor
+    for block in model.living_blocks:
+        block.population.stale()
+        check_population(block.population, block.layer, block.router.scoring.top_k)
+    model.apply_trainability()
+    lineage = directory / LINEAGE_NAME
+    return Inspection(
+        path=directory,
+        config=config,
+        populations=[block.population for block in model.living_blocks],
+        vitals=[model.vitals(layer) for layer in range(len(model.living_blocks))],
+        parameters=parameter_counts(model),
+        lineage=Lineage.load(lineage) if lineage.is_file() else Lineage(),
+    )
+
+
+def read_tables(directory: Path) -> dict[str, Tensor]:
+    """The small per-slot tables of a checkpoint."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        shards = [SAFE_WEIGHTS_NAME]
+    tables: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(directory / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if any(part in name for part in _TABLES):
+                    tables[name] = file.get_tensor(name)
+    return tables
+
+
+def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
+    """Print an inspection: populations, parameters, the last events."""
+    config, counts = inspection.config, inspection.parameters
+    console.print(
+        f"[bold]{inspection.path}[/bold]: {config.backbone_config.model_type}, preset {config.preset or 'none'}, "
+        f"{len(inspection.populations)} living layers"
+    )
+    table = Table(title="Populations")
+    for column in (
+        "layer",
+        "experts",
+        "frozen",
+        "trainable",
+        "clades",
+        "newborn field",
+        "largest load",
+        "smallest load",
+    ):
+        table.add_column(column, justify="right")
+    for layer, (population, vitals) in enumerate(zip(inspection.populations, inspection.vitals, strict=True)):
+        load = vitals["load"]
+        table.add_row(
+            str(layer),
+            str(len(population.members)),
+            str(population.alive.get("frozen", 0)),
+            str(population.alive.get("trainable", 0)),
+            str(len({member.clade for member in population.members})),
+            str(sum(member.field > 0 for member in population.members)),
+            f"{float(load.max()):.2f}",
+            f"{float(load.min()):.2f}",
+        )
+    console.print(table)
+    table = Table(title="Parameters")
+    for column in ("total", "active per token", "trainable"):
+        table.add_column(column, justify="right")
+    table.add_row(*(f"{counts[key]:,}" for key in ("total", "active", "trainable")))  # type: ignore[literal-required]
+    console.print(table)
+    if not inspection.lineage:
+        console.print("Lineage: no event has happened.")
+        return
+    table = Table(title=f"Last {min(events, len(inspection.lineage))} of {len(inspection.lineage)} events")
+    for column in ("step", "layer", "event", "parents", "children", "metric", "value", "threshold"):
+        table.add_column(column, justify="right")
+    for event in inspection.lineage[-events:]:
+        table.add_row(
+            str(event.step),
+            str(event.layer),
+            event.kind,
+            ", ".join(map(str, event.parents)),
+            ", ".join(map(str, event.children)),
+            event.metric,
+            f"{event.value:.3g}",
+            f"{event.threshold:.3g}",
+        )
+    console.print(table)

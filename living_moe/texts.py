@@ -1,0 +1,92 @@
+"""Text that every Python interpreter carries, so that examples need no download: documentation prose, and source code."""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from living_moe.configuration.errors import TrainingError
+
+_SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
+#: Shorter docstrings are labels, not prose.
+_MIN_DOCSTRING = 200
+
+
+def standard_library() -> list[Path]:
+    """Python files of the running interpreter's standard library, tests and data tables left out, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [file for file in sorted(root.rglob("*.py")) if not _SKIPPED & set(file.relative_to(root).parts)]
+
+
+def documentation(limit: int) -> str:
+    """English prose: the interpreter's help topics and the longer docstrings of its library, up to `limit` characters."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions split it off
+        topics = {}
+    parts = [topics[name] for name in sorted(topics)]
+    for file in standard_library():
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) >= _MIN_DOCSTRING:
+                    parts.append(docstring)
+    return "\n\n".join(parts)[:limit]
+
+
+def source_code(limit: int) -> str:
+    """Python source of the standard library, whole files in a fixed random order, up to `limit` characters."""
+    files = standard_library()
+    random.Random(0).shuffle(files)
+    parts: list[str] = []
+    length = 0
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        parts.append(text)
+        length += len(text)
+        if length >= limit:
+            break
+    return "\n".join(parts)[:limit]
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    """A text file.
+
+    Raises:
+        TrainingError: It cannot be read, is empty, or is no UTF-8 text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read text from {path}: {error}") from error
+    if not text.strip():
+        raise TrainingError(f"{path} is empty; give a text file.")
+    return text[:limit]
+
+
+def calibration_ids(source: str | os.PathLike[str], path: Path) -> Tensor:
+    """Token ids, int64 (tokens,), of a text file under a checkpoint's own tokenizer.
+
+    Raises:
+        TrainingError: The text cannot be read, or the checkpoint has no tokenizer.
+    """
+    text = read_text(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read a tokenizer from {source}: {error}") from error
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
