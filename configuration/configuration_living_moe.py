@@ -46,7 +46,7 @@ FORMAT_VERSION = 1
 SLABS = ("frozen", "trainable")
 
 #: What else `populations` holds per layer: sizes of the tables that divide clades among their members.
-FACET_TABLES = ("facets", "leaves")
+FACET_TABLES = ("facets", "leaves", "tombstones")
 
 #: Keywords that `PreTrainedConfig` consumes or writes besides its dataclass fields.
 _TRANSFORMERS_KEYWORDS = frozenset(
@@ -317,19 +317,14 @@ class LivingMoeConfig(PreTrainedConfig):
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         self.backbone_config.per_layer_config = value
 
-    # Rotary parameters, too, are the backbone's, and were standardised with its defaults when it was built.
+    # Rotary parameters, too, are the backbone's, standardised by its own rules: DeepSeek-V4's are nested by names that
+    # only its config knows.
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         return kwargs
 
     def standardize_rope_params(self) -> None:
         self.backbone_config.standardize_rope_params()
-
-    def validate_rope(self) -> None:
-        self.backbone_config.validate_rope()
-
-    def _get_generation_parameters(self) -> dict[str, Any]:
-        return self.backbone_config._get_generation_parameters()
 
     # -- validation ----------------------------------------------------------------------------------------------------
 
@@ -339,10 +334,10 @@ class LivingMoeConfig(PreTrainedConfig):
         Raises:
             ConfigurationError: The first thing found wrong.
         """
-        with _as_configuration_error("backbone_config"):
-            self.backbone_config.validate()
         with _as_configuration_error("output_attentions"):
             self.validate_output_attentions()
+        with _as_configuration_error("backbone_config"):
+            self.backbone_config.validate()
         self.validate_architecture()
 
     def validate_architecture(self) -> None:

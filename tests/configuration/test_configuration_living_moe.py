@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV4Config,
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
@@ -131,13 +132,18 @@ def test_a_backbone_without_sense_is_refused(backbone: Any, message: str) -> Non
 
 def test_a_graft_keeps_the_sources_dtype_and_kernels_unless_told_otherwise() -> None:
     source = mixtral(
-        **SIZES, dtype="bfloat16", output_hidden_states=True, attn_implementation="eager",
+        **SIZES, dtype="bfloat16", output_hidden_states=True, output_attentions=True, attn_implementation="eager",
         experts_implementation="grouped_mm",
     )  # fmt: skip
     config = LivingMoeConfig(backbone_config=source)
     for each in (config, config.backbone_config):
-        assert each.dtype == torch.bfloat16 and each.output_hidden_states is True
+        assert each.dtype == torch.bfloat16 and each.output_hidden_states is True and each.output_attentions is True
         assert (each._attn_implementation, each._experts_implementation) == ("eager", "grouped_mm")
+    with pytest.raises(
+        ConfigurationError, match=r"output_attentions: .*not supported .* sdpa\. Please set it to 'eager'"
+    ):
+        LivingMoeConfig(backbone_config=source, attn_implementation="sdpa")
+    source.output_attentions = False
     config = LivingMoeConfig(backbone_config=source, dtype=torch.float16, attn_implementation="sdpa")
     for each in (config, config.backbone_config):
         assert each.dtype == torch.float16
@@ -352,6 +358,16 @@ def test_a_wrong_value_for_a_fact_of_the_backbone_is_refused_and_changes_nothing
     assert config.vocab_size == 64
 
 
+def test_rotary_parameters_are_standardised_by_the_backbones_own_rules() -> None:
+    backbone = DeepseekV4Config(num_hidden_layers=2)  # nests them by names of its own
+    assert LivingMoeConfig(backbone_config=backbone).rope_parameters == backbone.rope_parameters
+    config, plain = LivingMoeConfig(backbone_config=backbone), copy.deepcopy(backbone)
+    for each in (config, plain):
+        with pytest.warns(FutureWarning, match="rope_scaling"):
+            each.rope_scaling = {"main": {"rope_theta": 7.0}, "compress": {"rope_theta": 9.0}}
+    assert config.backbone_config.rope_parameters == plain.rope_parameters
+
+
 def test_a_dense_backbone_reads_as_one_expert_that_serves_every_token() -> None:
     config = LivingMoeConfig(backbone_config=BACKBONES["llama"])
     assert (config.num_experts_per_tok, config.output_router_logits) == (1, False)
@@ -420,6 +436,9 @@ def test_a_replaced_backbone_takes_over_kernels_and_dtype() -> None:
     config.backbone_config = BACKBONES["llama"]
     assert isinstance(config.backbone_config, LlamaConfig) and config.backbone_config is not BACKBONES["llama"]
     assert (config.backbone_config._attn_implementation, config.backbone_config.dtype) == ("eager", torch.bfloat16)
+    own = config.backbone_config
+    config.backbone_config = own  # a backbone model may hold it
+    assert config.backbone_config is own
     with pytest.raises(ConfigurationError, match="backbone_config must be a config"):
         config.backbone_config = None  # type: ignore[assignment]
 
@@ -487,6 +506,8 @@ def test_a_keyword_of_from_pretrained_updates_a_section_and_is_checked(tmp_path:
         LivingMoeConfig.from_pretrained(tmp_path, lifecycle={"patiens": 4})
     with pytest.raises(ConfigurationError, match=r"receptive_field\.enabled is True"):
         LivingMoeConfig.from_pretrained(tmp_path, receptive_field={"enabled": True})
+    with pytest.raises(ConfigurationError, match=r"populations\[0\] is .* 1 experts"):
+        LivingMoeConfig.from_pretrained(tmp_path, populations=[{"frozen": 1}])
 
 
 def test_loading_from_a_dict_leaves_the_dict_alone() -> None:
@@ -574,6 +595,13 @@ def test_receptive_fields_need_frozen_parents() -> None:
     ):
         living(receptive_field={"enabled": True})
     living(receptive_field={"enabled": True}, experts={"freeze_pretrained": True})
+
+
+def test_the_backbone_is_checked_by_its_own_rules() -> None:
+    config = LivingMoeConfig(backbone_config=BACKBONES["llama"])
+    config.hidden_size = 15
+    with pytest.raises(ConfigurationError, match=r"backbone_config: .*hidden size \(15\) is not a multiple"):
+        config.validate()
 
 
 def test_a_section_spoilt_after_construction_is_found() -> None:
