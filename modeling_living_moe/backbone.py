@@ -63,6 +63,7 @@ class LivingBackbone:
                 {slab: population[slab] for slab in SLABS if population.get(slab)},
                 num_facets=population.get("facets", 0),
                 num_leaves=population.get("leaves", 0),
+                num_tombstones=population.get("tombstones", 0),
                 num_fields=num_fields(config),
                 router=config.router,
                 vitals=config.vitals,

@@ -80,6 +80,7 @@ class LivingMoeBlock(nn.Module):
         *,
         num_facets: int = 0,
         num_leaves: int = 0,
+        num_tombstones: int = 0,
         num_fields: int = 0,
         router: RouterConfig | None = None,
         vitals: VitalsConfig | None = None,
@@ -95,7 +96,12 @@ class LivingMoeBlock(nn.Module):
         self.router = LivingRouter(scoring, capacities, hidden, train_frozen_keys=router.train_frozen_keys)
         self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config))
         self.population = Population(
-            capacities, hidden, num_facets=num_facets, num_leaves=num_leaves, num_groups=scoring.num_groups
+            capacities,
+            hidden,
+            num_facets=num_facets,
+            num_leaves=num_leaves,
+            num_tombstones=num_tombstones,
+            num_groups=scoring.num_groups,
         )
         self.vitals = Vitals(capacities, (vitals or VitalsConfig()).decay)
         self.shared_experts = shared

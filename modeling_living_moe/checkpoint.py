@@ -25,8 +25,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from living_moe.configuration.errors import CheckpointError, LivingMoeError
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
-from living_moe.modeling_living_moe.lifecycle.surgery import retire
-from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Population
+from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
+from living_moe.modeling_living_moe.population import NOBODY, SLABS, IdentityTable, Population
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 CARD_NAME = "README.md"
@@ -62,6 +62,9 @@ class CheckpointMixin:
                         full[key] = full[key][:count]
                         if not count:
                             del full[key]
+            if (key := f"{prefix}population.slab_sizes") in full:
+                alive = [block.population.alive.get(slab, 0) for slab in SLABS]
+                full[key] = torch.tensor(alive, device=full[key].device)
         return full
 
     def save_pretrained(
@@ -172,10 +175,13 @@ class CheckpointMixin:
         optimizer after this call.
         """
         retired: list[nn.Parameter] = []
+        before = {id(slot.parameter) for slot in self.slot_parameters()}  # type: ignore[attr-defined]
         for prefix, block in self._named_blocks():
             retired += adopt_sizes(block, prefix, state_dict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
         retire(retired)
+        slots = self.slot_parameters()  # type: ignore[attr-defined]
+        require_optimizer(self, [slot.parameter for slot in slots if id(slot.parameter) not in before])  # type: ignore[arg-type]
         for block in self.living_blocks:
             block.population.stale()
             block.vitals.pending = block.vitals.since_step = block.vitals.sample = None
@@ -200,6 +206,12 @@ class CheckpointMixin:
         return [(f"{name}.", m) for name, m in self.named_modules() if id(m) in blocks]  # type: ignore[attr-defined]
 
 
+#: Tables of a population whose sizes change with its events.
+_TABLES = (
+    "facet_normal", "facet_offset", "leaf_uid", "leaf_path", "tombstone_place", "tombstone_key", "tombstone_bias",
+)  # fmt: skip
+
+
 def _row_names(slab: str) -> list[str]:
     names = [f"experts.{slab}.gate_up_proj", f"experts.{slab}.down_proj", f"router.keys.{slab}"]
     names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
@@ -207,12 +219,18 @@ def _row_names(slab: str) -> list[str]:
 
 
 def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> list[nn.Parameter]:
-    """Give a block the slab capacities and facet tables of a state dict; returns the parameters that were replaced."""
+    """Give a block the slab capacities and tables of a state dict; returns the parameters that were replaced.
+
+    A state dict may be one shard of several, in any order: a slab goes only when `slab_sizes` says that it is empty.
+    """
     replaced: list[nn.Parameter] = []
-    device = block.population.next_uid.device
-    for slab in SLABS:
-        uid = state_dict.get(f"{prefix}population.{slab}.uid")
-        wanted, now = (0 if uid is None else uid.numel()), block.population.capacity(slab)
+    like = next(iter(block.slot_parameters())).parameter
+    device, dtype = like.device, like.dtype
+    sizes = state_dict.get(f"{prefix}population.slab_sizes")
+    for number, slab in enumerate(SLABS):
+        rows = [state_dict[prefix + name].shape[0] for name in _row_names(slab) if prefix + name in state_dict]
+        now = block.population.capacity(slab)
+        wanted = rows[0] if rows else now if sizes is None else int(sizes[number])
         if wanted == now:
             continue
         if now:
@@ -222,7 +240,6 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
                 del owner._modules[slab]
             del block.router.keys[slab]
         if wanted:
-            dtype = state_dict[f"{prefix}experts.{slab}.gate_up_proj"].dtype
             module = block.experts.new_slab(slab, wanted).to(device, dtype)
             module.train(block.training)
             block.experts.add_module(slab, module)
@@ -230,7 +247,7 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
             block.vitals.add_module(slab, VitalsTable(wanted).to(device))
             keys = block.router.new_keys(slab, wanted)
             block.router.keys[slab] = nn.Parameter(keys.detach().to(device, dtype), requires_grad=keys.requires_grad)
-    for name in ("facet_normal", "facet_offset", "leaf_uid", "leaf_path"):
+    for name in _TABLES:
         tensor = state_dict.get(f"{prefix}population.{name}")
         if tensor is not None and tensor.shape != getattr(block.population, name).shape:
             setattr(block.population, name, torch.zeros_like(tensor, device=device))
@@ -246,13 +263,19 @@ def check_population(population: Population, layer: int, top_k: int) -> None:
         if any(uid >= 0 for uid in uids[alive:]):
             raise CheckpointError(f"layer {layer}, slab {slab!r}: alive slots are not a prefix: uids {uids}.")
     uids = population.uids
+    sizes = [population.capacity(slab) for slab in SLABS]
+    if population.slab_sizes.tolist() != sizes:
+        raise CheckpointError(f"layer {layer}: slab_sizes are {population.slab_sizes.tolist()}, the slabs {sizes}.")
     if len(set(uids)) != len(uids) or any(uid >= int(population.next_uid) for uid in uids):
         raise CheckpointError(f"layer {layer}: uids {uids} repeat or exceed next_uid {int(population.next_uid)}.")
-    strangers = {leaf.uid for leaf in population.leaves} - set(uids)
+    strangers = {leaf.uid for leaf in population.leaves} - {address.uid for address in population.addresses}
     if strangers:
         raise CheckpointError(f"layer {layer}: facet leaves belong to unknown uids {sorted(strangers)}.")
-    if len(population.clades()) < top_k:
-        raise CheckpointError(f"layer {layer}: {len(population.clades())} clades cannot serve top_k {top_k}.")
+    strangers = {tombstone.heir for tombstone in population.tombstones} - {NOBODY, *uids}
+    if strangers:
+        raise CheckpointError(f"layer {layer}: heirs with unknown uids {sorted(strangers)}.")
+    if population.num_open() < top_k:
+        raise CheckpointError(f"layer {layer}: {population.num_open()} clades cannot serve top_k {top_k}.")
 
 
 def check_files(directory: Path, variant: str | None = None) -> None:

@@ -3,10 +3,17 @@
 A *slab* is a stack of slots; its alive rows are always a prefix. A *clade* is the set of experts that descend from one
 root and still share its address in the router. Within a clade, experts of one *field* form a **cell**; a cell's
 members divide its tokens by a binary tree of hyperplanes (*facets*), one per split, so exactly one member serves
-each token. Reads and writes tables only; weights belong to `experts.py`, keys to `router.py`, and what changes a
+each token.
+
+An expert is an address (its key) and a function (its weights). When it dies or merges, forgetting its address too can
+change what the living serve: a sibling's key, drifted since the split, would win or lose other tokens in the region
+it takes over; a softmax that is not renormalised loses a share, an expert group a score. Then the address stays as a
+**tombstone**: tokens that choose it go to an heir, or, when there is none, it is only scored and never chosen.
+
+Reads and writes tables only; weights belong to `experts.py`, keys of the living to `router.py`, and what changes a
 population to `lifecycle/`.
 
-C capacity of a slab, E alive experts of the layer, P facets, L leaves, H hidden, T tokens.
+C capacity of a slab, E alive experts of the layer, D tombstones, P facets, L leaves, H hidden, T tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +30,12 @@ from living_moe.configuration.errors import UnknownExpertError
 #: Slabs of a layer in slot order.
 SLABS = ("frozen", "trainable")
 ROOT_FIELD = 0
+#: Heir of an address that nobody serves any more.
+NOBODY = -1
 
 
 class KeepsDtype(nn.Module):
-    """A module whose floating buffers keep their dtype under `.to(dtype)`, `.half()`, ...: measurements, not weights."""
+    """A module whose floating buffers keep their dtype under `.to(dtype)`, `.half()`, ...: they are no weights."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -89,8 +98,34 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What is known of an address whose expert is gone. `heir` is the uid of who serves there, or NOBODY."""
+
+    uid: int
+    clade: int
+    field: int
+    group: int
+    heir: int
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A key by which a clade is reached. `index`: among the keys of the alive in slot order, then of the tombstones.
+
+    `server` is the slot-order index of the expert that serves there, or NOBODY.
+    """
+
+    uid: int
+    clade: int
+    field: int
+    group: int
+    index: int
+    server: int
+
+
+@dataclass(frozen=True, slots=True)
 class Leaf:
-    """One region of a cell: the facets it lies on and on which side (+1 or -1), root first, and who serves it."""
+    """One region of a cell: the facets it lies on and on which side (+1 or -1), root first, and whose address it has."""
 
     uid: int
     path: tuple[tuple[int, int], ...]
@@ -98,21 +133,24 @@ class Leaf:
 
 @dataclass(frozen=True)
 class View:
-    """How tokens of one field see a layer: its cells in a fixed order, as tensors for the router.
+    """How tokens of one field see a layer: its N cells in a fixed order, as tensors for the router.
 
-    `sole_N` is the slot-order index of the member of each of N cells (of its first leaf, if it has several).
-    For the `shared_N` cells with several leaves: `satisfied_L` leaves are found by `sides_PL`, and `owner_LM` adds
-    the index of the satisfied leaf's owner to that cell's column.
+    The first `num_open` cells can be chosen; the others, which nobody serves, are only scored. `address_N` is the
+    address of each cell (of its first leaf, if it has several) and `server_N` the expert that serves there. In the M
+    cells with several leaves the satisfied leaf is found by `sides_PL`; `address_LM` and `server_LM` are its own.
     """
 
-    sole_N: Tensor
+    num_open: int
     is_identity: bool
+    address_N: Tensor
+    server_N: Tensor
     group_N: Tensor
     group_members_GM: Tensor | None
-    shared_columns_M: Tensor | None
-    sides_PL: Tensor | None
-    path_length_L: Tensor | None
-    owner_LM: Tensor | None
+    columns_M: Tensor
+    sides_PL: Tensor
+    path_length_L: Tensor
+    address_LM: Tensor
+    server_LM: Tensor
 
 
 class Population(KeepsDtype):
@@ -121,9 +159,8 @@ class Population(KeepsDtype):
     Args:
         capacities: Slots per slab, e.g. `{"frozen": 8, "trainable": 3}`; slabs without slots are left out.
         hidden_size: H, length of a facet's normal.
-        num_facets, num_leaves: P and L of the checkpoint this layer is built for.
+        num_facets, num_leaves, num_tombstones: P, L and D of the checkpoint this layer is built for.
         num_groups: Expert groups of group-limited routing; experts of a new layer fill them evenly.
-        alive: How many slots of a new layer hold an expert; all by default. A checkpoint overwrites it.
     """
 
     def __init__(
@@ -133,6 +170,7 @@ class Population(KeepsDtype):
         *,
         num_facets: int = 0,
         num_leaves: int = 0,
+        num_tombstones: int = 0,
         num_groups: int = 1,
     ):
         super().__init__()
@@ -143,6 +181,7 @@ class Population(KeepsDtype):
         self._members: list[Member] | None = None
         self._alive: dict[str, int] | None = None
         self._leaves: list[Leaf] | None = None
+        self._tombstones: list[Tombstone] | None = None
         self._views: dict[tuple[int, torch.device], View] = {}
         total = sum(capacities.values())
         first = 0
@@ -155,17 +194,27 @@ class Population(KeepsDtype):
                 self.add_module(name, table)
                 first += capacity
         self.register_buffer("next_uid", torch.tensor(total))
+        # What a state dict is read by: a shard of it may hold this layer's tables in part only.
+        self.register_buffer("slab_sizes", torch.tensor([capacities.get(name, 0) for name in SLABS]))
         self.register_buffer("facet_normal", torch.zeros(num_facets, hidden_size))
         self.register_buffer("facet_offset", torch.zeros(num_facets))
         self.register_buffer("leaf_uid", torch.zeros(num_leaves, dtype=torch.int64))
         # Signs: +1 or -1 where the leaf lies on that side of the facet, 0 where the facet does not concern it.
         self.register_buffer("leaf_path", torch.zeros(num_leaves, num_facets, dtype=torch.int8))
+        # Columns uid, clade, field, group, heir.
+        self.register_buffer("tombstone_place", torch.zeros(num_tombstones, 5, dtype=torch.int64))
+        self.register_buffer("tombstone_key", torch.zeros(num_tombstones, hidden_size))
+        self.register_buffer("tombstone_bias", torch.zeros(num_tombstones))
 
     next_uid: Tensor
+    slab_sizes: Tensor
     facet_normal: Tensor
     facet_offset: Tensor
     leaf_uid: Tensor
     leaf_path: Tensor
+    tombstone_place: Tensor
+    tombstone_key: Tensor
+    tombstone_bias: Tensor
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +231,7 @@ class Population(KeepsDtype):
     def stale(self) -> None:
         """Forget what was derived from the tables; call after changing them."""
         self.version += 1
-        self._members = self._leaves = self._alive = None
+        self._members = self._leaves = self._alive = self._tombstones = None
         self._views.clear()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -215,6 +264,23 @@ class Population(KeepsDtype):
         return self._leaves
 
     @property
+    def tombstones(self) -> list[Tombstone]:
+        if self._tombstones is None:
+            self._tombstones = [Tombstone(*place) for place in self.tombstone_place.tolist()]
+        return self._tombstones
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Of the alive in slot order, then of the tombstones: the order of the router's scores."""
+        index_of = {m.uid: m.index for m in self.members}
+        living = [Address(m.uid, m.clade, m.field, m.group, m.index, m.index) for m in self.members]
+        left = [
+            Address(t.uid, t.clade, t.field, t.group, index, index_of.get(t.heir, NOBODY))
+            for index, t in enumerate(self.tombstones, start=len(living))
+        ]
+        return living + left
+
+    @property
     def uids(self) -> list[int]:
         return [member.uid for member in self.members]
 
@@ -229,7 +295,7 @@ class Population(KeepsDtype):
     @property
     def is_fresh(self) -> bool:
         """Every expert is its own clade in the root field, as right after a graft."""
-        return all(m.uid == m.clade and m.field == ROOT_FIELD for m in self.members)
+        return not self.tombstones and all(m.uid == m.clade and m.field == ROOT_FIELD for m in self.members)
 
     def find(self, uid: int, layer: int) -> Member:
         """The alive expert with this uid.
@@ -250,65 +316,64 @@ class Population(KeepsDtype):
         """The members that share `member`'s clade and field, itself included."""
         return [other for other in self.members if (other.clade, other.field) == (member.clade, member.field)]
 
-    def clades(self, field: int = ROOT_FIELD) -> list[int]:
-        """Clades visible to tokens of `field`, in the order of their first member."""
-        return list(dict.fromkeys(m.clade for m in self.members if m.field in (ROOT_FIELD, field)))
-
-    def group_sizes(self, field: int = ROOT_FIELD) -> list[int]:
-        """Visible clades per expert group."""
-        groups = {m.clade: m.group for m in self.members if m.field in (ROOT_FIELD, field)}
-        return [sum(group == g for group in groups.values()) for g in range(self.num_groups)]
-
     # -- what the router reads -------------------------------------------------------------------------------------
 
-    def visible_cells(self, field: int) -> list[list[Member]]:
-        """Per visible clade the members that tokens of `field` may reach: its own field's, else the root field's."""
-        cells: dict[int, list[Member]] = {}
-        for member in self.members:
-            if member.field in (ROOT_FIELD, field):
-                cells.setdefault(member.clade, []).append(member)
-        return [[m for m in cell if m.field == field] or cell for cell in cells.values()]
+    def visible_cells(self, field: int) -> list[list[Address]]:
+        """Per clade the addresses that tokens of `field` see, its own field's or else the root's; open cells first."""
+        clades: dict[int, list[Address]] = {}
+        for address in self.addresses:
+            if address.field in (ROOT_FIELD, field):
+                clades.setdefault(address.clade, []).append(address)
+        cells = [[a for a in clade if a.field == field] or clade for clade in clades.values()]
+        return sorted(cells, key=lambda cell: cell[0].server == NOBODY)
+
+    def num_open(self, field: int = ROOT_FIELD) -> int:
+        """Clades that tokens of `field` can choose."""
+        return sum(cell[0].server != NOBODY for cell in self.visible_cells(field))
 
     def view(self, field: int, device: torch.device) -> View:
         key = (field, device)
         if key not in self._views:
-            self._views[key] = self._build_view(field, device)
+            # Kept for training passes too, whatever mode the pass that happens to come first is in.
+            with torch.inference_mode(False):
+                self._views[key] = self._build_view(field, device)
         return self._views[key]
 
     def _build_view(self, field: int, device: torch.device) -> View:
         cells = self.visible_cells(field)
-        index_of = {m.uid: m.index for m in self.members}
-        sole = [cell[0].index for cell in cells]
         groups = [cell[0].group for cell in cells]
         by_group = [[n for n, group in enumerate(groups) if group == g] for g in range(self.num_groups)]
         widest = max(len(group) for group in by_group)
         padded = [group + [len(cells)] * (widest - len(group)) for group in by_group]
 
-        cell_of = {m.uid: n for n, cell in enumerate(cells) for m in cell}
-        leaves = [leaf for leaf in self.leaves if leaf.uid in cell_of]
-        shared = list(dict.fromkeys(cell_of[leaf.uid] for leaf in leaves))
-        view_leaves: dict[str, Tensor | None] = dict.fromkeys(
-            ("shared_columns_M", "sides_PL", "path_length_L", "owner_LM")
-        )
-        if leaves:
-            owner = torch.zeros(len(leaves), len(shared))
-            sides = torch.zeros(self.facet_offset.numel(), len(leaves))
-            for number, leaf in enumerate(leaves):
-                owner[number, shared.index(cell_of[leaf.uid])] = index_of[leaf.uid]
-                for facet, side in leaf.path:
-                    sides[facet, number] = side
-            view_leaves = {
-                "shared_columns_M": torch.tensor(shared, device=device),
-                "sides_PL": sides.to(device),
-                "path_length_L": sides.abs().sum(0).to(device),
-                "owner_LM": owner.to(device),
-            }
+        column_of = {a.uid: n for n, cell in enumerate(cells) for a in cell}
+        address_of = {a.uid: a for cell in cells for a in cell}
+        leaves = [leaf for leaf in self.leaves if leaf.uid in column_of]
+        columns = list(dict.fromkeys(column_of[leaf.uid] for leaf in leaves))
+        addresses, servers = torch.zeros(2, len(leaves), len(columns))
+        sides = torch.zeros(self.facet_offset.numel(), len(leaves))
+        for number, leaf in enumerate(leaves):
+            place = number, columns.index(column_of[leaf.uid])
+            addresses[place] = address_of[leaf.uid].index
+            servers[place] = max(address_of[leaf.uid].server, 0)
+            for facet, side in leaf.path:
+                sides[facet, number] = side
+
+        first = [cell[0] for cell in cells]
+        index = [address.index for address in first]
+        server = [max(address.server, 0) for address in first]
         return View(
-            sole_N=torch.tensor(sole, device=device),
-            is_identity=not leaves and sole == list(range(len(self.members))),
+            num_open=sum(address.server != NOBODY for address in first),
+            is_identity=not leaves and index == server == list(range(len(self.members))),
+            address_N=torch.tensor(index, device=device),
+            server_N=torch.tensor(server, device=device),
             group_N=torch.tensor(groups, device=device),
             group_members_GM=torch.tensor(padded, device=device) if self.num_groups > 1 else None,
-            **view_leaves,
+            columns_M=torch.tensor(columns, dtype=torch.int64, device=device),
+            sides_PL=sides.to(device),
+            path_length_L=sides.abs().sum(0).to(device),
+            address_LM=addresses.to(device),
+            server_LM=servers.to(device),
         )
 
     # -- facets ----------------------------------------------------------------------------------------------------
@@ -327,6 +392,18 @@ class Population(KeepsDtype):
         self.facet_offset = torch.tensor([offsets[f] for f in used], dtype=torch.float32, device=device)
         self.leaf_uid = torch.tensor([leaf.uid for leaf in leaves], dtype=torch.int64, device=device)
         self.leaf_path = path.to(device)
+        self.stale()
+
+    def write_tombstones(
+        self, tombstones: Sequence[Tombstone], keys: Sequence[Tensor], biases: Sequence[float]
+    ) -> None:
+        """Replace the tombstones: each one's place, key (H,), and selection bias."""
+        device = self.tombstone_key.device
+        places = [[t.uid, t.clade, t.field, t.group, t.heir] for t in tombstones]
+        self.tombstone_place = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 5)
+        empty = torch.zeros(0, self.hidden_size, device=device)
+        self.tombstone_key = torch.stack([key.to(device, torch.float32) for key in keys]) if keys else empty
+        self.tombstone_bias = torch.tensor(biases, dtype=torch.float32, device=device)
         self.stale()
 
 

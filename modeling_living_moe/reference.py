@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from living_moe.modeling_living_moe.block import LivingMoeBlock
-from living_moe.modeling_living_moe.population import ROOT_FIELD, Member
+from living_moe.modeling_living_moe.population import ROOT_FIELD, Member, Tombstone
 
 
 def reference_forward(block: LivingMoeBlock, hidden_TH: Tensor, field_T: Tensor | None = None) -> Tensor:
@@ -34,56 +34,73 @@ def reference_expert(block: LivingMoeBlock, member: Member, hidden: Tensor) -> T
 
 def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[tuple[Tensor, Member]]:
     """The chosen experts of one token with their weights."""
-    rule = block.router.scoring
-    candidates = []
-    clades = dict.fromkeys(m.clade for m in block.population.members if m.field in (ROOT_FIELD, field))
-    for clade in clades:
-        server = reference_server(block, hidden, clade, field)
-        key = block.router.keys[server.slab][server.row]
-        logit = F.linear(hidden.float(), key.float()) if rule.fp32_logits else F.linear(hidden, key)
-        candidates.append((logit, server))
-    logits = torch.stack([logit for logit, _ in candidates])
+    rule, population = block.router.scoring, block.population
+    known = [*population.members, *population.tombstones]
+    clades = dict.fromkeys(a.clade for a in known if a.field in (ROOT_FIELD, field))
+    addresses = [reference_address(block, hidden, clade, field) for clade in clades]
+    servers = [reference_server(block, address) for address in addresses]
+    keys = [reference_key(block, address) for address in addresses]
+    logits = torch.stack(
+        [
+            F.linear(hidden.float(), k.float()) if rule.fp32_logits else F.linear(hidden, k.to(hidden.dtype))
+            for k, _ in keys
+        ]
+    )
     if rule.function == "softmax":
         scores = F.softmax(logits, dim=-1, dtype=torch.float32)
         choice = scores
     else:
         scores = logits.float().sigmoid()
-        bias = torch.stack([block.population.table(m.slab).bias[m.row] for _, m in candidates])
-        choice = scores + bias
+        choice = scores + torch.stack([bias for _, bias in keys])
         if rule.num_groups > 1:
             best = []
             for group in range(rule.num_groups):
-                inside = [choice[n] for n, (_, m) in enumerate(candidates) if m.group == group]
-                best.append(float(sum(sorted((float(c) for c in inside), reverse=True)[:2])) if inside else -torch.inf)
+                inside = [float(choice[n]) for n, a in enumerate(addresses) if a.group == group]
+                best.append(sum(sorted(inside, reverse=True)[:2]) if inside else -torch.inf)
             allowed = sorted(range(rule.num_groups), key=lambda g: best[g], reverse=True)[: rule.top_groups]
-            open_ = torch.tensor([m.group in allowed for _, m in candidates])
-            choice = choice.masked_fill(~open_, -torch.inf)
-    chosen = sorted(range(len(candidates)), key=lambda n: float(choice[n]), reverse=True)[: rule.top_k]
+            choice = choice.masked_fill(torch.tensor([a.group not in allowed for a in addresses]), -torch.inf)
+    open_cells = [n for n, server in enumerate(servers) if server is not None]
+    chosen = sorted(open_cells, key=lambda n: float(choice[n]), reverse=True)[: rule.top_k]
     weights = torch.stack([scores[n] for n in chosen])
     if rule.normalise:
         weights = weights / (weights.sum() + rule.epsilon)
     weights = weights * rule.scaling
     if rule.cast_weights:
         weights = weights.to(logits.dtype)
-    return [(weights[place], candidates[n][1]) for place, n in enumerate(chosen)]
+    return [(weights[place], server) for place, n in enumerate(chosen) if (server := servers[n]) is not None]
 
 
-def reference_server(block: LivingMoeBlock, hidden: Tensor, clade: int, field: int) -> Member:
-    """Which member of a clade serves this token: its field's, else the root's; among several, by the facets."""
+def reference_address(block: LivingMoeBlock, hidden: Tensor, clade: int, field: int) -> Member | Tombstone:
+    """By which address a token sees a clade: its field's, else the root's; among several, by the facets."""
     population = block.population
-    family = [m for m in population.members if m.clade == clade]
-    cell = [m for m in family if m.field == field] or [m for m in family if m.field == ROOT_FIELD]
+    family = [a for a in (*population.members, *population.tombstones) if a.clade == clade]
+    cell = [a for a in family if a.field == field] or [a for a in family if a.field == ROOT_FIELD]
     if len(cell) == 1:
         return cell[0]
-    owners = {m.uid: m for m in cell}
+    of_uid = {a.uid: a for a in cell}
     satisfied = []
     for leaf in population.leaves:
-        if leaf.uid in owners:
+        if leaf.uid in of_uid:
             sides = []
             for facet, side in leaf.path:
                 height = hidden.float() @ population.facet_normal[facet] + population.facet_offset[facet]
                 sides.append((1 if float(height) >= 0 else -1) == side)
             if all(sides):
-                satisfied.append(owners[leaf.uid])
-    assert len(satisfied) == 1, f"clade {clade} has {len(satisfied)} servers for one token"
+                satisfied.append(of_uid[leaf.uid])
+    assert len(satisfied) == 1, f"clade {clade} has {len(satisfied)} addresses for one token"
     return satisfied[0]
+
+
+def reference_key(block: LivingMoeBlock, address: Member | Tombstone) -> tuple[Tensor, Tensor]:
+    """Key (H,) and selection bias of an address."""
+    population = block.population
+    if isinstance(address, Member):
+        return block.router.keys[address.slab][address.row], population.table(address.slab).bias[address.row]
+    row = [t.uid for t in population.tombstones].index(address.uid)
+    return population.tombstone_key[row], population.tombstone_bias[row]
+
+
+def reference_server(block: LivingMoeBlock, address: Member | Tombstone) -> Member | None:
+    """Who serves at an address, if anybody does."""
+    uid = address.uid if isinstance(address, Member) else address.heir
+    return next((m for m in block.population.members if m.uid == uid), None)

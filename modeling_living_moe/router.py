@@ -5,7 +5,7 @@ exact. Softmax top-k is Shazeer et al. 2017 (arXiv:1701.06538) as in Mixtral (ar
 group-limited top-k are DeepSeek-V3's (arXiv:2412.19437). The choice is over clades, not experts: twins that each
 took a place in the top-k would push the runner-up out. Reads the population, never changes it.
 
-T tokens, E alive experts, N visible clades, K clades per token, H hidden, F fields.
+T tokens, E alive experts, D tombstones, N visible clades, K clades per token, H hidden, F fields.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class LivingRouter(nn.Module):
         parts = [self.keys[s] if self.keys[s].shape[0] == n else self.keys[s][:n] for s, n in alive.items()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def logits(self, hidden_TH: Tensor, alive: dict[str, int]) -> Tensor:
-        keys_EH = self.alive_keys(alive)
+    def logits(self, hidden_TH: Tensor, keys_EH: Tensor) -> Tensor:
         if self.scoring.fp32_logits:
             return F.linear(hidden_TH.type(torch.float32), keys_EH.type(torch.float32))
         return F.linear(hidden_TH, keys_EH)
@@ -75,11 +74,15 @@ class LivingRouter(nn.Module):
             weights_TK: Routing weights.
             index_TK: int64, the chosen experts in slot order.
         """
-        logits_TE = self.logits(hidden_TH, population.alive)
-        weights_TK, index_TK = self.choose(hidden_TH, logits_TE, population, 0, choices)
+        logits_TE = self.logits(hidden_TH, self.alive_keys(population.alive))
+        logits_TA = logits_TE
+        if population.tombstone_bias.numel():
+            left_TD = self.logits(hidden_TH, population.tombstone_key.to(logits_TE.dtype))
+            logits_TA = torch.cat([logits_TE, left_TD], dim=1)
+        weights_TK, index_TK = self.choose(hidden_TH, logits_TA, population, 0, choices)
         if field_T is not None:
             for field in range(1, num_fields + 1):
-                weights, index = self.choose(hidden_TH, logits_TE, population, field, choices)
+                weights, index = self.choose(hidden_TH, logits_TA, population, field, choices)
                 mine_T1 = (field_T == field).unsqueeze(-1)
                 weights_TK = torch.where(mine_T1, weights, weights_TK)
                 index_TK = torch.where(mine_T1, index, index_TK)
@@ -88,35 +91,41 @@ class LivingRouter(nn.Module):
     def choose(
         self,
         hidden_TH: Tensor,
-        logits_TE: Tensor,
+        logits_TA: Tensor,
         population: Population,
         field: int,
         choices: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Weights and slot-order indices (T, K) of the experts that tokens of `field` go to."""
-        view = population.view(field, logits_TE.device)
-        serving_TN = serving_members(hidden_TH, population, view)
-        logits_TN = logits_TE if serving_TN is None else logits_TE.gather(1, serving_TN)
-        weights_TK, clades_TK = self.select(logits_TN, population, view, serving_TN)
+        """Weights and slot-order indices (T, K) of the experts that tokens of `field` go to.
+
+        `logits_TA` scores every address: E of the alive, then D of the tombstones.
+        """
+        view = population.view(field, logits_TA.device)
+        address_TN, server_TN = (None, None) if view.is_identity else served_cells(hidden_TH, population, view)
+        logits_TN = logits_TA if address_TN is None else logits_TA.gather(1, address_TN)
+        weights_TK, clades_TK = self.select(logits_TN, population, view, address_TN)
         if choices is not None:
-            choices.append((logits_TN, clades_TK))
-        return weights_TK, clades_TK if serving_TN is None else serving_TN.gather(1, clades_TK)
+            choices.append((logits_TN[:, : view.num_open], clades_TK))
+        return weights_TK, clades_TK if server_TN is None else server_TN.gather(1, clades_TK)
 
     def select(
-        self, logits_TN: Tensor, population: Population, view: View, serving_TN: Tensor | None
+        self, logits_TN: Tensor, population: Population, view: View, address_TN: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The family's rule over clades: weights and columns (T, K) of the chosen ones."""
-        rule = self.scoring
+        rule, num_open = self.scoring, view.num_open
         if rule.function == "softmax":
             scores_TN = F.softmax(logits_TN, dim=-1, dtype=torch.float32)
-            weights_TK, clades_TK = torch.topk(scores_TN, rule.top_k, dim=-1, sorted=rule.sorted)
+            weights_TK, clades_TK = torch.topk(scores_TN[:, :num_open], rule.top_k, dim=-1, sorted=rule.sorted)
         else:
             scores_TN = logits_TN.float().sigmoid()
-            bias_E = torch.cat([population.table(slab).bias[:count] for slab, count in population.alive.items()])
-            choice_TN = scores_TN + (bias_E if serving_TN is None else bias_E[serving_TN])
+            bias_A = torch.cat(
+                [population.table(slab).bias[:count] for slab, count in population.alive.items()]
+                + [population.tombstone_bias]
+            )
+            choice_TN = scores_TN + (bias_A if address_TN is None else bias_A[address_TN])
             if rule.num_groups > 1:
                 choice_TN = self.limit_to_groups(choice_TN, view)
-            clades_TK = torch.topk(choice_TN, rule.top_k, dim=-1, sorted=rule.sorted)[1]
+            clades_TK = torch.topk(choice_TN[:, :num_open], rule.top_k, dim=-1, sorted=rule.sorted)[1]
             weights_TK = scores_TN.gather(1, clades_TK)
         if rule.normalise:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + rule.epsilon)
@@ -139,24 +148,20 @@ class LivingRouter(nn.Module):
         return choice_TN.masked_fill(~kept_TG[:, view.group_N], float("-inf"))
 
 
-def serving_members(hidden_TH: Tensor, population: Population, view: View) -> Tensor | None:
-    """Slot-order index of the member that serves each token in each clade, int64 (T, N).
-
-    None when clade n is the n-th alive expert for all n (a fresh graft): then there is nothing to look up.
-    """
-    if view.is_identity:
-        return None
-    serving_TN = view.sole_N.expand(hidden_TH.shape[0], -1)
-    if view.shared_columns_M is None:
-        return serving_TN
-    assert view.sides_PL is not None and view.owner_LM is not None
-    with torch.no_grad():
-        facets_TP = F.linear(hidden_TH.float(), population.facet_normal, population.facet_offset)
-        side_TP = torch.where(facets_TP >= 0, 1.0, -1.0)
-        # A leaf is satisfied when every facet on its path agrees; exactly one leaf of a cell is.
-        satisfied_TL = (side_TP @ view.sides_PL) == view.path_length_L
-        owners_TM = (satisfied_TL.float() @ view.owner_LM).round().long()
-    return serving_TN.index_copy(1, view.shared_columns_M, owners_TM)
+@torch.no_grad()
+def served_cells(hidden_TH: Tensor, population: Population, view: View) -> tuple[Tensor, Tensor]:
+    """Of each token in each cell: the address that is scored, and the slot-order index of who serves; int64 (T, N)."""
+    shape = (hidden_TH.shape[0], -1)
+    address_TN, server_TN = view.address_N.expand(shape), view.server_N.expand(shape)
+    if not len(view.columns_M):
+        return address_TN, server_TN
+    facets_TP = F.linear(hidden_TH.float(), population.facet_normal, population.facet_offset)
+    side_TP = torch.where(facets_TP >= 0, 1.0, -1.0)
+    # A leaf is satisfied when every facet on its path agrees; exactly one leaf of a cell is.
+    satisfied_TL = ((side_TP @ view.sides_PL) == view.path_length_L).float()
+    address_TM = (satisfied_TL @ view.address_LM).round().long()
+    server_TM = (satisfied_TL @ view.server_LM).round().long()
+    return address_TN.index_copy(1, view.columns_M, address_TM), server_TN.index_copy(1, view.columns_M, server_TM)
 
 
 def load_balancing_loss(logits_TN: Tensor, clades_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:

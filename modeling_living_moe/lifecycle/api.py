@@ -210,10 +210,12 @@ class LifecycleMixin:
         populations = []
         for block in self.living_blocks:
             population = block.population
-            sizes = block.capacities()
-            if len(population.leaf_uid):
-                sizes |= {"facets": len(population.facet_offset), "leaves": len(population.leaf_uid)}
-            populations.append(sizes)
+            tables = {
+                "facets": len(population.facet_offset),
+                "leaves": len(population.leaf_uid),
+                "tombstones": len(population.tombstone_bias),
+            }
+            populations.append(block.capacities() | {name: size for name, size in tables.items() if size})
         self.config.populations = populations
 
     # -- life while training ---------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ H hidden, I intermediate, S sampled tokens.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from torch import Tensor
 from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import ExpertsConfig, LifecycleConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent, LifecycleKind
-from living_moe.modeling_living_moe.lifecycle.surgery import DraftRow, LayerDraft, RowSource
+from living_moe.modeling_living_moe.lifecycle.surgery import DraftRow, DraftTombstone, LayerDraft, RowSource
 from living_moe.modeling_living_moe.population import (
+    NOBODY,
     ROOT_FIELD,
     Leaf,
     Member,
@@ -69,7 +72,8 @@ def split(
 
     A trainable parent keeps one side of a new facet, the newborn serves the other. A frozen parent of a model with
     receptive fields stays as it is for the tokens of its own field; the newborn serves in its place in the newborn
-    field (if one does already, the request passes to it).
+    field (if one does already, the request passes to it), at the address of one that served there before if it left
+    a tombstone.
 
     Args:
         sample: Recent router inputs of the parent, (S, H), for 2-means; None draws the facet at random.
@@ -87,12 +91,18 @@ def split(
         if heirs:
             loads = {m.uid: float(block.vitals.table(m.slab).load[m.row]) for m in heirs}
             return split(block, max(loads, key=lambda u: loads[u]), around, reason, noise_std=noise_std, sample=sample)
+        servers = {t.heir for t in population.tombstones if (t.clade, t.field) == (parent.clade, field)}
+        if servers and uid not in servers:
+            raise PopulationError(
+                f"layer {block.layer}: expert uid {uid} serves no token of field {field}, others do since a merge; "
+                f"split one of {sorted(servers)}."
+            )
     _check_room(block, around)
     draft = LayerDraft(block, around.experts)
     newborn_uid = draft.new_uid()
     seed = seed_of(around.lifecycle.seed, around.step, block.layer, newborn_uid)
     parent_row = draft.row(uid)
-    moved = 0.5
+    moved, address = 0.5, None
     if field == parent.field:
         normal, offset = facet(sample, population.hidden_size, seed)
         draft.normals.append(normal)
@@ -101,6 +111,7 @@ def split(
     else:
         table = block.vitals.table(slab)
         moved = float((table.foreign_load[parent.row] / table.load[parent.row].clamp_min(1e-12)).clamp(0, 1))
+        address = _take_over(draft, parent, field, newborn_uid)
     parent_row.life, parent_row.load_share = "parent", 1 - moved
     draft.slabs["trainable"].append(
         DraftRow(
@@ -115,9 +126,22 @@ def split(
             noise_seed=seed,
             life="newborn",
             load_share=moved,
+            address=address,
         )
     )
     return draft, _event("split", block, around, reason, (uid,), (newborn_uid,), seed=seed, noise_std=noise_std)
+
+
+def _take_over(draft: LayerDraft, parent: Member, field: int, newborn: int) -> DraftTombstone | None:
+    """Give a newborn what `parent` serves in its clade's cell of `field`; returns the address it moves into."""
+    inherited = [t for t in draft.tombstones if (t.clade, t.field, t.heir) == (parent.clade, field, parent.uid)]
+    if not inherited:
+        return None
+    draft.tombstones.remove(inherited[0])
+    draft.leaves = hand_over(draft.leaves, inherited[0].uid, newborn)
+    for tombstone in inherited[1:]:
+        tombstone.heir = newborn
+    return inherited[0]
 
 
 def _check_room(block: LivingMoeBlock, around: Surroundings) -> None:
@@ -160,26 +184,83 @@ def facet(sample: Tensor | None, hidden_size: int, seed: int) -> tuple[Tensor, f
 
 
 def remove(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
-    """Death. In its cell the sibling subtree takes over its tokens; a clade that loses its last member ends.
+    """Death. Its tokens go to a sibling; a clade that loses its last member ends, and its tokens go elsewhere.
 
     Raises:
         PopulationError: Fewer clades than `num_experts_per_tok` would be left.
     """
-    population = block.population
-    population.find(uid, block.layer)
+    block.population.find(uid, block.layer)
     draft = LayerDraft(block, around.experts)
-    draft.take_out(uid)
-    draft.leaves = prune_leaves(remove_owner(draft.leaves, uid), draft.cells())
+    _bury(draft, uid)
     _check_enough(draft, "death")
     return draft, _event("death", block, around, reason, (uid,), ())
+
+
+def _bury(draft: LayerDraft, uid: int, successor: int | None = None) -> None:
+    """Take an expert out, and see to it that no token chooses otherwise than before.
+
+    Where the others of its cell (or, if it was alone, the root's cell behind it) share its address, they take its
+    region over. Where they do not, its address stays as a tombstone and the heir serves there. Without an heir the
+    clade ends: its address is forgotten, unless what nobody can choose still weighs on the others (see `_remembers`).
+
+    Args:
+        successor: Who serves its tokens; None finds the nearest sibling.
+    """
+    key_H, bias = draft.address(uid)
+    row = draft.take_out(uid)
+    tombstone = DraftTombstone(uid, row.clade, row.field, row.group, NOBODY, key_H, bias)
+    tombstone.heir = _heir(draft, tombstone, uid) if successor is None else successor
+    behind = draft.cell(row.clade, row.field) or (draft.cell(row.clade, ROOT_FIELD) if row.field != ROOT_FIELD else {})
+    takes_over = bool(behind) and all(tombstone.like(*draft.address(other)) for other in behind)
+    if takes_over and successor is not None:
+        takes_over = set(behind.values()) == {successor}
+    if not takes_over:
+        draft.tombstones.append(tombstone)
+    for other in draft.tombstones:
+        if other.heir == uid:
+            heir = _heir(draft, other, uid) if successor is None else successor
+            other.heir = tombstone.heir if heir == NOBODY else heir
+    forgotten = {t.uid for t in draft.tombstones if t.heir == NOBODY and not _remembers(draft.block.router.scoring)}
+    draft.tombstones = [t for t in draft.tombstones if t.uid not in forgotten]
+    for gone in forgotten | ({uid} if takes_over else set()):
+        draft.leaves = remove_owner(draft.leaves, gone)
+    draft.leaves = prune_leaves(draft.leaves, draft.cells())
+
+
+def _heir(draft: LayerDraft, tombstone: DraftTombstone, dead: int) -> int:
+    """Who serves at an address from now on: the nearest in its cell, else in the root's cell behind it, else NOBODY."""
+
+    def servers(field: int) -> dict[int, int]:
+        cell = draft.cell(tombstone.clade, field)
+        return {a: server for a, server in cell.items() if a != tombstone.uid and server not in (dead, NOBODY)}
+
+    near = servers(tombstone.field)
+    if near:
+        path = next(leaf.path for leaf in draft.leaves if leaf.uid == tombstone.uid)
+        nearest = max((leaf for leaf in draft.leaves if leaf.uid in near), key=lambda leaf: _shared(path, leaf.path))
+        return near[nearest.uid]
+    behind = servers(ROOT_FIELD) if tombstone.field != ROOT_FIELD else {}
+    return next(iter(behind.values()), NOBODY)
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the common prefix."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+
+
+def _remembers(rule: Scoring) -> bool:
+    """Whether a clade that cannot be chosen still weighs on the others: in a softmax's sum, or in its group's score."""
+    return (rule.function == "softmax" and not rule.normalise) or rule.num_groups > 1
 
 
 def _check_enough(draft: LayerDraft, what: str) -> None:
     block = draft.block
     rule = block.router.scoring
-    groups = {row.clade: row.group for rows in draft.slabs.values() for row in rows if row.field == ROOT_FIELD}
+    alive = sum(len(rows) for rows in draft.slabs.values())
+    addresses = [row for rows in draft.slabs.values() for row in rows] + [t for t in draft.tombstones if t.heir >= 0]
+    groups = {address.clade: address.group for address in addresses if address.field == ROOT_FIELD}
     sizes = sorted(sum(group == g for group in groups.values()) for g in range(rule.num_groups))
-    reachable = sum(sizes[: rule.top_groups])
+    reachable = min(alive, sum(sizes[: rule.top_groups]))
     if reachable < rule.top_k:
         within = f" within {rule.top_groups} of {rule.num_groups} expert groups" if rule.num_groups > 1 else ""
         raise PopulationError(
@@ -194,36 +275,50 @@ def merge(
     """Average experts, weighted by load, after matching their hidden units; the result lives on under one uid.
 
     The survivor is the first named of those with the lowest field (so what old contexts could reach stays
-    reachable). Hidden units are matched by the assignment that maximises the inner product of their weights.
+    reachable). Hidden units are matched by the assignment that maximises the inner product of their weights. The
+    survivor's siblings give it their regions and the mean of their keys; experts of other cells leave it their
+    addresses, so every token goes on choosing as it did (as Li et al. 2023, arXiv:2310.01334, keep the router).
 
     Raises:
-        PopulationError: Fewer than two different experts, or too few clades would be left.
+        PopulationError: Fewer than two different experts, or too few would be left.
     """
     if isinstance(uids, int) or len(set(uids)) < 2 or len(set(uids)) != len(list(uids)):
         raise PopulationError(f"layer {block.layer}: a merge needs at least two different uids, got {uids!r}.")
     population = block.population
     members = [population.find(uid, block.layer) for uid in uids]
     survivor = min(members, key=lambda m: m.field)
-    others = [m for m in members if m is not survivor]
-    loads = [float(block.vitals.table(m.slab).load[m.row]) for m in (survivor, *others)]
-    total = sum(loads)
-    weights = [load / total for load in loads] if total > 0 else [1 / len(loads)] * len(loads)
+    cell = {m.uid for m in population.cell(survivor)}
+    # Siblings first: then the survivor may be alone behind an heir of its own in another field.
+    others = sorted((m for m in members if m is not survivor), key=lambda m: m.uid not in cell)
+    loads = {m.uid: float(block.vitals.table(m.slab).load[m.row]) for m in members}
 
     draft = LayerDraft(block, around.experts)
-    sources = [RowSource(survivor.slab, survivor.row, weights[0])]
-    for other, weight in zip(others, weights[1:], strict=True):
-        sources.append(RowSource(other.slab, other.row, weight, match_neurons(block, survivor, other)))
+    sources = {survivor.uid: RowSource(survivor.slab, survivor.row)} | {
+        other.uid: RowSource(other.slab, other.row, neurons_I=match_neurons(block, survivor, other)) for other in others
+    }
     for other in others:
-        draft.take_out(other.uid)
-        if (other.clade, other.field) == (survivor.clade, survivor.field):
+        if other.uid in cell:
+            draft.take_out(other.uid)
             draft.leaves = hand_over(draft.leaves, other.uid, survivor.uid)
+            for tombstone in draft.tombstones:
+                if tombstone.heir == other.uid:
+                    tombstone.heir = survivor.uid
         else:
-            draft.leaves = remove_owner(draft.leaves, other.uid)
+            _bury(draft, other.uid, survivor.uid)
     draft.leaves = prune_leaves(draft.leaves, draft.cells())
     row = draft.row(survivor.uid)
-    row.sources, row.life = tuple(sources), "merged"
+    row.sources, row.life = _weighted(sources, loads), "merged"
+    row.key_sources = _weighted({uid: source for uid, source in sources.items() if uid in cell}, loads)
     _check_enough(draft, "merge")
     return draft, _event("merge", block, around, reason, tuple(uids), (survivor.uid,))
+
+
+def _weighted(sources: dict[int, RowSource], loads: dict[int, float]) -> tuple[RowSource, ...]:
+    """The sources with weights that sum to one: shares of their experts' loads, equal ones where none has any."""
+    total = sum(loads[uid] for uid in sources)
+    return tuple(
+        replace(source, weight=loads[uid] / total if total > 0 else 1 / len(sources)) for uid, source in sources.items()
+    )
 
 
 @torch.no_grad()
@@ -281,7 +376,9 @@ def part(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) 
     for other in cell:
         # The clade's root keeps its name, and with it any heirs in other fields.
         draft.row(other.uid).clade = member.clade if other is cell[0] else other.uid
-    draft.leaves = [leaf for leaf in draft.leaves if leaf.uid not in uids]
+    left = [t.uid for t in draft.tombstones if (t.clade, t.field) == (member.clade, member.field)]
+    draft.tombstones = [t for t in draft.tombstones if t.uid not in left]
+    draft.leaves = [leaf for leaf in draft.leaves if leaf.uid not in (*uids, *left)]
     return draft, _event("part", block, around, reason, uids, uids)
 
 

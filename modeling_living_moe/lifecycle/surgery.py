@@ -9,7 +9,9 @@ C capacity, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from living_moe.configuration.errors import OptimizerError, PopulationError
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
-from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Leaf
+from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Leaf, Tombstone
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
@@ -54,6 +56,26 @@ class DraftRow:
     life: Literal["same", "parent", "newborn", "merged"] = "same"
     #: Share of the source's load that this expert serves from now on (split only).
     load_share: float = 0.5
+    #: Where the key and the selection bias come from, if from elsewhere than the weights.
+    key_sources: tuple[RowSource, ...] | None = None
+    #: An address the expert takes over instead of its source's.
+    address: DraftTombstone | None = None
+
+
+@dataclass
+class DraftTombstone:
+    """An address without an expert of its own, as it will be. `heir` is a uid or NOBODY; `key_H` is fp32."""
+
+    uid: int
+    clade: int
+    field: int
+    group: int
+    heir: int
+    key_H: Tensor
+    bias: float
+
+    def like(self, key_H: Tensor, bias: float) -> bool:
+        return self.bias == bias and torch.equal(self.key_H, key_H)
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,12 @@ class LayerDraft:
         self.leaves: list[Leaf] = list(population.leaves)
         self.normals: list[Tensor] = list(population.facet_normal)
         self.offsets: list[float] = population.facet_offset.tolist()
+        self.tombstones = [
+            DraftTombstone(t.uid, t.clade, t.field, t.group, t.heir, key_H, bias)
+            for t, key_H, bias in zip(
+                population.tombstones, population.tombstone_key, population.tombstone_bias.tolist(), strict=True
+            )
+        ]
         self.next_uid = int(population.next_uid)
 
     def find(self, uid: int) -> tuple[str, int]:
@@ -137,12 +165,26 @@ class LayerDraft:
         return gone
 
     def cells(self) -> list[list[int]]:
-        """Uids per (clade, field)."""
+        """Uids of addresses per (clade, field)."""
         cells: dict[tuple[int, int], list[int]] = {}
-        for rows in self.slabs.values():
-            for row in rows:
-                cells.setdefault((row.clade, row.field), []).append(row.uid)
+        for address in (*(row for rows in self.slabs.values() for row in rows), *self.tombstones):
+            cells.setdefault((address.clade, address.field), []).append(address.uid)
         return list(cells.values())
+
+    def cell(self, clade: int, field: int) -> dict[int, int]:
+        """Addresses of one cell and who serves there: uid -> uid of the server, or NOBODY."""
+        rows = [row for name in SLABS for row in self.slabs[name]]
+        living = {row.uid: row.uid for row in rows if (row.clade, row.field) == (clade, field)}
+        return living | {t.uid: t.heir for t in self.tombstones if (t.clade, t.field) == (clade, field)}
+
+    def address(self, uid: int) -> tuple[Tensor, float]:
+        """Key (H,) in fp32 and selection bias of an expert or a tombstone, as they are before the event."""
+        for tombstone in self.tombstones:
+            if tombstone.uid == uid:
+                return tombstone.key_H, tombstone.bias
+        member = self.block.population.find(uid, self.block.layer)
+        key_H = self.block.router.keys[member.slab].detach()[member.row].float().clone()
+        return key_H, float(self.block.population.table(member.slab).bias[member.row])
 
     def capacity_after(self, slab: str) -> int:
         now, wanted = self.block.population.capacity(slab), len(self.slabs[slab])
@@ -182,15 +224,18 @@ class LayerDraft:
                     f"layer {block.layer}: slab {slab!r} is wrapped by PEFT (target_parameters), so its experts cannot "
                     f"change; merge the adapter first (merge_and_unload), or target only attention."
                 )
-        commits = [self._stage_tables(edits), self._stage_leaves()]
+        commits = [self._stage_tables(edits), self._stage_leaves(), self._stage_tombstones()]
         parameters, commit_parameters = self._stage_parameters(edits)
         commits.append(commit_parameters)
+        gone = [p.old for p in parameters if p.old is not None and p.old is not p.new]
+        commits.append(lambda: retire(gone))
         if optimizer is not None:
             if _surgeon is None:
-                raise OptimizerError("no optimizer surgery is registered; import living_moe.training first.")
+                raise OptimizerError("no optimizer surgery is registered; import living_moe first.")
             commits.append(_surgeon(optimizer, model, parameters))
         else:
-            commits.append(lambda: retire([p.old for p in parameters if p.old is not None and p.old is not p.new]))
+            new = [p.new for p in parameters if p.new is not None and p.new is not p.old]
+            commits.append(lambda: require_optimizer(model, new))
 
         place = {row.uid: number for number, row in enumerate(row for name in SLABS for row in self.slabs[name])}
         new_index = [place.get(member.uid, -1) for member in block.population.members]
@@ -222,7 +267,9 @@ class LayerDraft:
                     commits.append(_writer(before, values, self._moved_gradients(siblings, slab, edit)))
                 elif edit.capacity_after:
                     new[role] = self._resized(siblings, role, slab, edit, values)
-                staged.append(ParameterEdit(block.layer, slab, role, before, new.get(role), siblings, edit))
+                rows = {n: self._sources(slab, n, role) for n in edit.rows}
+                of_role = SlabEdit(edit.capacity_before, edit.capacity_after, rows)
+                staged.append(ParameterEdit(block.layer, slab, role, before, new.get(role), siblings, of_role))
             if edit.capacity_after != edit.capacity_before:
                 commits.append(lambda slab=slab, new=new, edit=edit: self._replace(slab, new, edit))  # type: ignore[misc]
         return staged, lambda: [commit() for commit in commits] and None
@@ -232,7 +279,10 @@ class LayerDraft:
         if number >= len(self.slabs[slab]):
             return None
         row = self.slabs[slab][number]
-        parts = [(_reorder(siblings[s.slab].detach()[s.row], role, s.neurons_I), s.weight) for s in row.sources]
+        if role == "key" and row.address is not None:
+            return row.address.key_H.to(siblings[row.sources[0].slab].dtype)
+        sources = self._sources(slab, number, role)
+        parts = [(_reorder(siblings[s.slab].detach()[s.row], role, s.neurons_I), s.weight) for s in sources]
         value = parts[0][0].clone() if len(parts) == 1 else sum(part * weight for part, weight in parts)
         assert isinstance(value, Tensor)
         if row.noise_std and role != "key":
@@ -241,6 +291,13 @@ class LayerDraft:
             noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             value += noise * (row.noise_std * value.float().square().mean().sqrt().to(value.dtype))
         return value
+
+    def _sources(self, slab: str, number: int, role: str) -> tuple[RowSource, ...]:
+        """Sources of a new row's part of that role; none for a cleared row."""
+        if number >= len(self.slabs[slab]):
+            return ()
+        row = self.slabs[slab][number]
+        return row.key_sources if role == "key" and row.key_sources is not None else row.sources
 
     def _moved_gradients(
         self, siblings: dict[str, nn.Parameter], slab: str, edit: SlabEdit
@@ -263,25 +320,29 @@ class LayerDraft:
         values: dict[int, Tensor | None],
     ) -> nn.Parameter:
         before = siblings.get(slab)
-        model_row = before if before is not None else next(iter(siblings.values()))
-        data = model_row.new_zeros((edit.capacity_after, *model_row.shape[1:]), requires_grad=False)
+        like = before if before is not None else next(iter(siblings.values()))
+        if before is not None:
+            trainable = before.requires_grad
+        else:
+            trainable = slab != "frozen" or (role == "key" and self.block.router.train_frozen_keys)
+        data = like.new_zeros((edit.capacity_after, *like.shape[1:]), requires_grad=False)
         kept = min(edit.capacity_before, edit.capacity_after)
+        old_grad = None if before is None else before.grad
+        moved = self._moved_gradients(siblings, slab, edit)
         grad = None
         with torch.no_grad():
             if before is not None:
                 data[:kept] = before[:kept]
-                if before.grad is not None:
-                    grad = torch.zeros_like(data)
-                    grad[:kept] = before.grad[:kept]
             for number, value in values.items():
                 data[number] = 0 if value is None else value
-            if grad is not None:
-                for number, moved in self._moved_gradients(siblings, slab, edit).items():
-                    grad[number] = 0 if moved is None else moved
-        trainable = slab != "frozen" or (role == "key" and self.block.router.train_frozen_keys)
+            if trainable and (old_grad is not None or any(row is not None for row in moved.values())):
+                grad = torch.zeros_like(data)
+                if old_grad is not None:
+                    grad[:kept] = old_grad[:kept]
+                for number, row in moved.items():
+                    grad[number] = 0 if row is None else row
         parameter = nn.Parameter(data, requires_grad=trainable)
-        if trainable:
-            parameter.grad = grad
+        parameter.grad = grad
         return parameter
 
     def _replace(self, slab: str, new: dict[str, nn.Parameter], edit: SlabEdit) -> None:
@@ -320,7 +381,8 @@ class LayerDraft:
                 column = torch.tensor([getattr(row, name) for row in rows], dtype=torch.int64)
                 getattr(identity[slab], name)[: len(rows)] = column.to(device)
             for number, row in enumerate(rows):
-                identity[slab].bias[number] = sum(old_identity[s.slab].bias[s.row] * s.weight for s in row.sources)
+                bias = sum(old_identity[s.slab].bias[s.row] * s.weight for s in self._sources(slab, number, "key"))
+                identity[slab].bias[number] = bias if row.address is None else row.address.bias
                 _live_on(vitals[slab], number, row, old_vitals)
 
         def commit() -> None:
@@ -331,6 +393,8 @@ class LayerDraft:
                     else:
                         owner.add_module(slab, tables[slab])
             block.population.next_uid.fill_(self.next_uid)
+            sizes = [block.population.capacity(name) for name in SLABS]
+            block.population.slab_sizes.copy_(torch.tensor(sizes))
 
         return commit
 
@@ -339,6 +403,14 @@ class LayerDraft:
         if leaves == self.block.population.leaves:
             return lambda: None
         return lambda: self.block.population.write_leaves(leaves, normals, offsets)
+
+    def _stage_tombstones(self) -> Callable[[], None]:
+        drafts = self.tombstones
+        places = [Tombstone(t.uid, t.clade, t.field, t.group, t.heir) for t in drafts]
+        if places == self.block.population.tombstones:
+            return lambda: None
+        keys, biases = [t.key_H for t in drafts], [t.bias for t in drafts]
+        return lambda: self.block.population.write_tombstones(places, keys, biases)
 
 
 def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, VitalsTable]) -> None:
@@ -389,30 +461,86 @@ def _writer(
 
 
 _guarded = False
+#: New trainable parameters that no optimizer was told of, each with the model it belongs to.
+_unclaimed: list[tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module]]] = []
 
 
 def retire(parameters: Sequence[nn.Parameter]) -> None:
-    """Remember parameters that left the model unseen by any optimizer; a step on one of them is then an error.
+    """Remember parameters that left their model; an optimizer's step on one of them is from now on an error.
 
     Without this an optimizer built before a slab grew would train tensors nobody reads, and say nothing.
     """
-    global _guarded
     for parameter in parameters:
         parameter._living_moe_retired = True  # type: ignore[attr-defined]
-    if parameters and not _guarded:
-        register_optimizer_step_pre_hook(_refuse_retired)
+    if parameters:
+        _guard_steps()
+
+
+def is_retired(parameter: Tensor) -> bool:
+    """Whether the parameter was replaced by another or its slab is gone."""
+    return getattr(parameter, "_living_moe_retired", False)
+
+
+def require_optimizer(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Remember new parameters of an event that no optimizer was passed to.
+
+    If an optimizer of the model steps while none holds them, that is an error: they would never train.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    _unclaimed.extend((weakref.ref(parameter), weakref.ref(model)) for parameter in trainable)
+    if trainable:
+        _guard_steps()
+
+
+def _guard_steps() -> None:
+    global _guarded
+    if not _guarded:
+        register_optimizer_step_pre_hook(_refuse_stale)
         _guarded = True
 
 
-def _refuse_retired(optimizer: Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if getattr(parameter, "_living_moe_retired", False):
+def _refuse_stale(optimizer: Optimizer, *_: object) -> None:
+    held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in held.values():
+        if is_retired(parameter):
+            raise OptimizerError(
+                f"this {type(optimizer).__name__} was built before a slab changed its capacity: it holds a tensor of "
+                f"shape {tuple(parameter.shape)} that is no longer in the model. Pass optimizer= to the event, or "
+                f"build the optimizer anew."
+            )
+    if not _unclaimed:
+        return
+    waiting = []
+    for reference, owner in _unclaimed:
+        parameter, model = reference(), owner()
+        if parameter is None or model is None or is_retired(parameter) or not parameter.requires_grad:
+            continue
+        if id(parameter) in held:
+            continue
+        if any(id(other) in held for other in model.parameters()):
+            if not _held_by_any_optimizer(parameter):
                 raise OptimizerError(
-                    f"this {type(optimizer).__name__} was built before a slab changed its capacity: it holds a tensor of "
-                    f"shape {tuple(parameter.shape)} that is no longer in the model. Pass optimizer= to the event, or "
-                    f"build the optimizer anew."
+                    f"no optimizer holds the new slab of shape {tuple(parameter.shape)} that an event has made: this "
+                    f"{type(optimizer).__name__} was built before. Pass optimizer= to the event, build the optimizer "
+                    f"anew, or call requires_grad_(False) on the slab if it shall not train."
                 )
+            continue
+        waiting.append((reference, owner))
+    _unclaimed[:] = waiting
+
+
+def _held_by_any_optimizer(parameter: nn.Parameter) -> bool:
+    """Search the process for an optimizer that trains this parameter: some split a model among several.
+
+    Slow (a quarter of a second), but once per slab, and only if the optimizer that steps is not the one.
+    """
+    optimizers = (thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer))
+    return any(
+        other is parameter
+        for optimizer in optimizers
+        for group in optimizer.__dict__.get("param_groups", ())
+        for other in group["params"]
+    )
 
 
 __all__ = [
