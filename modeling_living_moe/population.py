@@ -364,7 +364,7 @@ class Population(KeepsDtype):
         server = [max(address.server, 0) for address in first]
         return View(
             num_open=sum(address.server != NOBODY for address in first),
-            is_identity=not leaves and index == server == list(range(len(self.members))),
+            is_identity=not leaves and index == server == list(range(len(self.addresses))),
             address_N=torch.tensor(index, device=device),
             server_N=torch.tensor(server, device=device),
             group_N=torch.tensor(groups, device=device),

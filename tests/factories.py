@@ -157,12 +157,16 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def drift(model: LivingMoeForCausalLM, seed: int, std: float = 0.05) -> None:
-    """Move every expert, key and delta as training would: twins part, keys drift."""
+    """Move every expert, key and delta as training would: twins part, keys drift, spare rows stay empty."""
     generator = torch.Generator().manual_seed(seed)
+    alive = {
+        id(slot.parameter): model.living_blocks[slot.layer].population.alive.get(slot.slab, 0)
+        for slot in model.slot_parameters()
+    }
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() > 1:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_((noise * std).to(parameter.dtype))
+            rows = parameter.data[: alive.get(id(parameter), len(parameter))]
+            rows.add_((torch.randn(rows.shape, generator=generator) * std).to(rows.dtype))
 
 
 Event = Callable[[LivingMoeForCausalLM, int, list[int]], LifecycleEvent]

@@ -192,6 +192,7 @@ def remove(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason
     block.population.find(uid, block.layer)
     draft = LayerDraft(block, around.experts)
     _bury(draft, uid)
+    _tidy(draft)
     _check_enough(draft, "death")
     return draft, _event("death", block, around, reason, (uid,), ())
 
@@ -210,11 +211,9 @@ def _bury(draft: LayerDraft, uid: int, successor: int | None = None) -> None:
     row = draft.take_out(uid)
     tombstone = DraftTombstone(uid, row.clade, row.field, row.group, NOBODY, key_H, bias)
     tombstone.heir = _heir(draft, tombstone, uid) if successor is None else successor
-    behind = draft.cell(row.clade, row.field) or (draft.cell(row.clade, ROOT_FIELD) if row.field != ROOT_FIELD else {})
-    takes_over = bool(behind) and all(tombstone.like(*draft.address(other)) for other in behind)
-    if takes_over and successor is not None:
-        takes_over = set(behind.values()) == {successor}
-    if not takes_over:
+    # Whoever serves there has the same address, so it does not matter that it need not be the heir.
+    taken_over = successor is None and _is_shared(draft, tombstone)
+    if not taken_over:
         draft.tombstones.append(tombstone)
     for other in draft.tombstones:
         if other.heir == uid:
@@ -222,8 +221,28 @@ def _bury(draft: LayerDraft, uid: int, successor: int | None = None) -> None:
             other.heir = tombstone.heir if heir == NOBODY else heir
     forgotten = {t.uid for t in draft.tombstones if t.heir == NOBODY and not _remembers(draft.block.router.scoring)}
     draft.tombstones = [t for t in draft.tombstones if t.uid not in forgotten]
-    for gone in forgotten | ({uid} if takes_over else set()):
+    for gone in forgotten | ({uid} if taken_over else set()):
         draft.leaves = remove_owner(draft.leaves, gone)
+
+
+def _behind(draft: LayerDraft, address: DraftTombstone) -> dict[int, int]:
+    """Whom tokens would see if an address were not there, and who serves them: its cell's, else the root's cell's."""
+    cell = {uid: server for uid, server in draft.cell(address.clade, address.field).items() if uid != address.uid}
+    return cell or (draft.cell(address.clade, ROOT_FIELD) if address.field != ROOT_FIELD else {})
+
+
+def _is_shared(draft: LayerDraft, address: DraftTombstone) -> bool:
+    """Whether all that tokens would see instead has the same key and bias."""
+    behind = _behind(draft, address)
+    return bool(behind) and all(address.like(*draft.address(uid)) for uid in behind)
+
+
+def _tidy(draft: LayerDraft) -> None:
+    """Drop tombstones that make no difference, and trees that nothing divides."""
+    for tombstone in list(draft.tombstones):
+        if set(_behind(draft, tombstone).values()) == {tombstone.heir} and _is_shared(draft, tombstone):
+            draft.tombstones.remove(tombstone)
+            draft.leaves = remove_owner(draft.leaves, tombstone.uid)
     draft.leaves = prune_leaves(draft.leaves, draft.cells())
 
 
@@ -305,7 +324,7 @@ def merge(
                     tombstone.heir = survivor.uid
         else:
             _bury(draft, other.uid, survivor.uid)
-    draft.leaves = prune_leaves(draft.leaves, draft.cells())
+    _tidy(draft)
     row = draft.row(survivor.uid)
     row.sources, row.life = _weighted(sources, loads), "merged"
     row.key_sources = _weighted({uid: source for uid, source in sources.items() if uid in cell}, loads)
