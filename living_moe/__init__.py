@@ -18,8 +18,9 @@ from living_moe.conversion import convert  # noqa: E402
 from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM, LivingMoeModel  # noqa: E402
 from living_moe.modeling_living_moe.active_experts import register_active_experts  # noqa: E402
 from living_moe.modeling_living_moe.checkpoint import set_card_writer  # noqa: E402
-from living_moe.records import write_card  # noqa: E402
 from living_moe.modeling_living_moe.lifecycle.surgery import set_optimizer_surgeon  # noqa: E402
+from living_moe.records import write_card  # noqa: E402
+from living_moe.training.grafting import set_grafter  # noqa: E402
 from living_moe.training.optimizer_surgery import stage_optimizer_edit  # noqa: E402
 from living_moe.version import __version__  # noqa: E402
 
@@ -29,6 +30,7 @@ AutoModelForCausalLM.register(LivingMoeConfig, LivingMoeForCausalLM, exist_ok=Tr
 set_optimizer_surgeon(stage_optimizer_edit)
 register_active_experts()
 set_card_writer(write_card)
+set_grafter(convert)
 
 __all__ = [
     "PRESETS",

@@ -57,12 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser(
         "quickstart", help="the whole story on text of the running interpreter: train, graft, learn, grow, save, load"
     )
-    quickstart.add_argument(
-        "--first", type=Path, help="text file of the first domain (default: Python's documentation)"
-    )
-    quickstart.add_argument(
-        "--second", type=Path, help="text file of the second domain (default: Python's source code)"
-    )
+    quickstart.add_argument("--first", type=Path, help="text of the first domain (default: Python's documentation)")
+    quickstart.add_argument("--second", type=Path, help="text of the second domain (default: Python's source code)")
     quickstart.add_argument("--output", type=Path, default=Path("quickstart"), help="directory (default %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     quickstart.add_argument("--smoke", action="store_true", help="a few steps only: checks that everything runs")

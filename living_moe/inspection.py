@@ -1,4 +1,4 @@
-"""`living-moe inspect`: the populations of a checkpoint as tables. Reads headers and small tables, never the weights."""
+"""`living-moe inspect`: a checkpoint's populations as tables. Reads headers and small tables, never the weights."""
 
 from __future__ import annotations
 

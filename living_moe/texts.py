@@ -1,4 +1,4 @@
-"""Text that every Python interpreter carries, so that examples need no download: documentation prose, and source code."""
+"""Text that every Python interpreter carries, so that examples need no download: documentation, and source code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def standard_library() -> list[Path]:
 
 
 def documentation(limit: int) -> str:
-    """English prose: the interpreter's help topics and the longer docstrings of its library, up to `limit` characters."""
+    """English prose: the interpreter's help topics and its library's longer docstrings, up to `limit` characters."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions split it off
