@@ -165,12 +165,13 @@ class ReceptiveFieldConfig(Section):
 
     #: Newborns live in a field of their own and are invisible outside it.
     enabled: bool = False
-    #: Decay per token of the running mean of the log likelihood ratio (0.95 remembers about twenty tokens).
-    decay: float = 0.95
-    #: The gate opens above this quantile of the evidence on calibration text: 1 - quantile of old tokens misroute.
-    quantile: float = 0.995
+    #: Decay per token of the running mean of the log likelihood ratio (0.97 remembers about thirty tokens).
+    decay: float = 0.97
+    #: The gate opens above 0 and above this quantile of the evidence on calibration text: at most 1 - quantile of old
+    #: tokens leave the root field. Higher protects more of what is old, lower opens more of a near new domain.
+    quantile: float = 0.965
     #: Pseudo-count, in tokens, of the old density inside the new one: a new field starts as the old one and departs.
-    prior_tokens: float = 500.0
+    prior_tokens: float = 2000.0
     #: Calibration tokens kept in the model to place the threshold again as the new density grows (never trained on).
     calibration_tokens: int = 65536
     #: Rank of the deltas on attention projections (0 is none).
