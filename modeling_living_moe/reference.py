@@ -55,12 +55,12 @@ def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[t
         if rule.num_groups > 1:
             best = []
             for group in range(rule.num_groups):
-                inside = [float(choice[n]) for n, a in enumerate(addresses) if a.group == group]
+                inside = [float(choice[n].detach()) for n, a in enumerate(addresses) if a.group == group]
                 best.append(sum(sorted(inside, reverse=True)[:2]) if inside else -torch.inf)
             allowed = sorted(range(rule.num_groups), key=lambda g: best[g], reverse=True)[: rule.top_groups]
             choice = choice.masked_fill(torch.tensor([a.group not in allowed for a in addresses]), -torch.inf)
     open_cells = [n for n, server in enumerate(servers) if server is not None]
-    chosen = sorted(open_cells, key=lambda n: float(choice[n]), reverse=True)[: rule.top_k]
+    chosen = sorted(open_cells, key=lambda n: float(choice[n].detach()), reverse=True)[: rule.top_k]
     weights = torch.stack([scores[n] for n in chosen])
     if rule.normalise:
         weights = weights / (weights.sum() + rule.epsilon)

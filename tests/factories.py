@@ -156,15 +156,18 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def drift(model: LivingMoeForCausalLM, seed: int, std: float = 0.05) -> None:
-    """Move every expert, key and delta as training would: twins part, keys drift, spare rows stay empty."""
+def drift(model: LivingMoeForCausalLM, seed: int, std: float = 0.05, *, frozen: bool = False) -> None:
+    """Move every expert, key and delta as training would: twins part, keys drift, spare rows stay empty.
+
+    `frozen` moves what does not train too, so that no two keys are left equal.
+    """
     generator = torch.Generator().manual_seed(seed)
     alive = {
         id(slot.parameter): model.living_blocks[slot.layer].population.alive.get(slot.slab, 0)
         for slot in model.slot_parameters()
     }
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dim() > 1:
+        if (parameter.requires_grad or frozen) and parameter.dim() > 1:
             rows = parameter.data[: alive.get(id(parameter), len(parameter))]
             rows.add_((torch.randn(rows.shape, generator=generator) * std).to(rows.dtype))
 
@@ -181,13 +184,13 @@ EVENTS: dict[str, Event] = {
 }
 
 
-def random_event(model: LivingMoeForCausalLM, rng: random.Random) -> LifecycleEvent | None:
-    """One event of a random kind on random experts of a random layer; None if the population refuses it."""
-    layer = rng.randrange(len(model.expert_counts))
+def try_event(model: LivingMoeForCausalLM, kind: str, layer: int, seed: int) -> LifecycleEvent | None:
+    """An event of that kind on experts drawn by the seed; None if the population refuses it."""
+    layer %= len(model.expert_counts)
     uids = model.expert_uids(layer)
-    rng.shuffle(uids)
+    random.Random(seed).shuffle(uids)
     try:
-        return EVENTS[rng.choice(sorted(EVENTS))](model, layer, uids)
+        return EVENTS[kind](model, layer, uids)
     except PopulationError:
         return None
 
@@ -195,14 +198,15 @@ def random_event(model: LivingMoeForCausalLM, rng: random.Random) -> LifecycleEv
 def live(model: LivingMoeForCausalLM, events: int, seed: int = 0) -> None:
     """Random events, and drift between them, until that many have happened."""
     rng = random.Random(seed)
-    happened = attempts = 0
-    while happened < events:
-        attempts += 1
-        assert attempts < 40 * events, "the population refuses nearly every event"
-        if random_event(model, rng) is not None:
+    happened = 0
+    for _ in range(40 * events):
+        if happened == events:
+            return
+        if try_event(model, rng.choice(sorted(EVENTS)), rng.randrange(100), rng.randrange(1000)) is not None:
             happened += 1
             if happened % 5 == 0:
                 drift(model, seed + happened)
+    raise AssertionError("the population refuses nearly every event")
 
 
 def check_invariants(model: LivingMoeForCausalLM) -> None:

@@ -392,9 +392,10 @@ def part(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) 
         raise PopulationError(f"layer {block.layer}: expert uid {uid} shares its clade with nobody; nothing to part.")
     uids = tuple(m.uid for m in cell)
     draft = LayerDraft(block, around.experts)
+    # One keeps the clade's name, and with it any newborns in other fields: the root, whose uid the name is, if it lives.
+    heir = next((other for other in cell if other.uid == member.clade), cell[0])
     for other in cell:
-        # The clade's root keeps its name, and with it any heirs in other fields.
-        draft.row(other.uid).clade = member.clade if other is cell[0] else other.uid
+        draft.row(other.uid).clade = member.clade if other is heir else other.uid
     left = [t.uid for t in draft.tombstones if (t.clade, t.field) == (member.clade, member.field)]
     draft.tombstones = [t for t in draft.tombstones if t.uid not in left]
     draft.leaves = [leaf for leaf in draft.leaves if leaf.uid not in (*uids, *left)]
