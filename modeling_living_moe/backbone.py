@@ -21,8 +21,10 @@ from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
 from living_moe.modeling_living_moe.experts import ExpertSlab
 from living_moe.modeling_living_moe.families import Family, family_of
-from living_moe.modeling_living_moe.population import SLABS
+from living_moe.modeling_living_moe.population import SLABS, Population, RowTable
+from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LivingRouter
+from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Newborn fields a model with receptive fields has.
 NUM_FIELDS = 1
@@ -80,7 +82,11 @@ class LivingBackbone:
             attach_deltas(layer, names, rank, NUM_FIELDS)
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
-        self.post_init()
+        # What a family keeps in fp32 may have gone with its blocks; our tables have dtypes of their own.
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]  # type: ignore[attr-defined]
+        wanted = type(self)._keep_in_fp32_modules_strict or ()  # type: ignore[attr-defined]
+        self._keep_in_fp32_modules_strict = [part for part in wanted if any(part in name for name in names)]
+        self.post_init()  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,9 +102,8 @@ def init_living_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, LivingRouter):
         for key in module.keys.values():
             init.normal_(key, mean=0.0, std=std)
-    elif isinstance(module, FieldDelta):
-        init.normal_(module.down, mean=0.0, std=module.down.shape[-1] ** -0.5)
-        init.zeros_(module.up)
+    elif isinstance(module, (FieldDelta, Population, ReceptiveFields, RowTable, Vitals)):
+        module.reset_parameters()
 
 
 def enter_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

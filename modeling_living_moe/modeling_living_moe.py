@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -50,13 +51,13 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel)
     # Transformers finds these by searching a module's source text, where composition leaves no trace.
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
-    # DeepSeek-V3's selection bias, vitals and densities are measurements, not weights.
-    _keep_in_fp32_modules_strict = ["population", "vitals", "fields"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_living_weights(module, self.config.backbone_config.initializer_range)
+        if isinstance(module, LivingMoeModel):
+            init.zeros_(module.lifecycle_steps)
 
     @property
     def living_blocks(self) -> list[LivingMoeBlock]:
@@ -90,6 +91,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         #: Of the last forward pass, for what comes after the backbone (head delta, auxiliary losses).
         self.last_context = ForwardContext()
         self.post_init()
+        # Initial weights begin a new life, whatever past the config tells of.
+        self.record_populations()
 
     lifecycle_steps: Tensor
 
@@ -99,6 +102,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -124,6 +128,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             living_context=context,
+            return_dict=True,
             **kwargs,
         )
         if context.gate is not None and outputs.past_key_values is not None:
@@ -133,7 +138,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
     def read_context(
         self,
         input_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
         past_key_values: Cache | None,
         inputs_embeds: Tensor | None,
     ) -> ForwardContext:
@@ -141,14 +146,12 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             return ForwardContext()
-        length = given.shape[1]
-        mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            # With a cache the mask covers the past too; the tokens of this pass are the last ones.
-            mask = attention_mask[:, -length:].bool()
+        history = None
+        if self.fields is not None and past_key_values is not None:
+            history = evidence_history(past_key_values)
+        mask = real_tokens(attention_mask, given.shape[1], 0 if history is None else history.shape[1])
         gate: FieldGate | None = None
         if self.fields is not None:
-            history = None if past_key_values is None else evidence_history(past_key_values)
             ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
             gate = self.fields(ids, mask, history)
             if self.training and input_ids is not None:
@@ -175,6 +178,26 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         if self.fields is not None:
             self.fields.resize_vocab(embeddings.weight.shape[0])
         return embeddings
+
+
+def real_tokens(attention_mask: Tensor | dict[str, Tensor] | None, length: int, past: int) -> Tensor | None:
+    """Which of the `length` tokens of a pass are not padding: bool (B, length), or None when the mask does not say.
+
+    Args:
+        attention_mask: As Transformers passes it around: (B, past + length), nonzero for tokens; (B, 1, length, any),
+            bool or additive, ready for attention (generation with static caches); such masks by layer type; other
+            objects (flex attention's) do not say.
+        past: Tokens in the cache.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()), None)
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    # Every token but padding attends to itself.
+    own = attention_mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0
 
 
 class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
@@ -240,6 +263,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=want_logits,
+            return_dict=True,
             **kwargs,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -251,7 +275,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if output_router_logits and (coefficient := self.aux_loss_coef) is not None:
-            aux_loss = self._load_balancing_loss(outputs.router_logits, attention_mask)
+            aux_loss = self._load_balancing_loss(outputs.router_logits)
             if loss is not None:
                 loss = loss + coefficient * aux_loss.to(loss.device)
         if loss is not None and z_loss_coef > 0:
@@ -285,28 +309,26 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         own = self.config.router.aux_loss_coef
         return own if own is not None else getattr(self.config.backbone_config, "router_aux_loss_coef", None)
 
-    def _load_balancing_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    def _load_balancing_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """Over the tokens of this pass: with a cache, the attention mask knows more of them than the routers saw."""
+        context = self.model.last_context
         blocks = self.living_blocks
         counts = set(self.expert_counts)
         top_k = blocks[0].router.scoring.top_k
         if len(counts) == 1 and all(block.population.is_fresh for block in blocks):
             # Until the first event the source's own loss, which pools the layers before it multiplies.
-            return load_balancing_loss_func(router_logits, counts.pop(), top_k, attention_mask)
-        context = self.model.last_context
-        losses = []
-        for block in blocks:
-            terms = field_balance(context, block.layer, attention_mask)
-            losses.append(terms.to(router_logits[0].device))
+            return load_balancing_loss_func(router_logits, counts.pop(), top_k, context.token_mask)
+        losses = [field_balance(context, block.layer).to(router_logits[0].device) for block in blocks]
         return torch.stack(losses).mean()
 
 
-def field_balance(context: ForwardContext, layer: int, attention_mask: Tensor | None) -> Tensor:
+def field_balance(context: ForwardContext, layer: int) -> Tensor:
     """Load-balancing loss of one layer: per field over the clades its tokens see, weighted by the field's tokens."""
     fields = context.choices[layer]
     device = fields[0][0].device
     weight_T = torch.ones(fields[0][0].shape[0], device=device)
-    if attention_mask is not None:
-        weight_T = attention_mask.reshape(-1).to(device, torch.float32)
+    if context.token_mask is not None:
+        weight_T = context.token_mask.reshape(-1).to(device, torch.float32)
     if context.gate is None or len(fields) == 1:
         return load_balancing_loss(*fields[0], weight_T)
     index_T = context.gate.index.reshape(-1).to(device)

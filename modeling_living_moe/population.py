@@ -24,12 +24,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from living_moe.configuration.errors import UnknownExpertError
 
 #: Slabs of a layer in slot order.
 SLABS = ("frozen", "trainable")
 ROOT_FIELD = 0
+#: Buffers with a row per past event of some kind: empty in a fresh population.
+HISTORY_TABLES = (
+    "facet_normal",
+    "facet_offset",
+    "leaf_uid",
+    "leaf_path",
+    "tombstone_place",
+    "tombstone_key",
+    "tombstone_bias",
+)
 #: Heir of an address that nobody serves any more.
 NOBODY = -1
 
@@ -58,6 +69,11 @@ class RowTable(KeepsDtype):
         super().__init__()
         for name, (dtype, fill) in self.columns.items():
             self.register_buffer(name, torch.full((capacity,), fill, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Free every row that no checkpoint has filled."""
+        for name, (_, fill) in self.columns.items():
+            init.constant_(getattr(self, name), fill)
 
 
 class IdentityTable(RowTable):
@@ -125,7 +141,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One region of a cell: the facets it lies on and on which side (+1 or -1), root first, and whose address it has."""
+    """One region of a cell: the facets it lies on, on which side (+1 or -1), root first, and whose address it has."""
 
     uid: int
     path: tuple[tuple[int, int], ...]
@@ -183,28 +199,24 @@ class Population(KeepsDtype):
         self._leaves: list[Leaf] | None = None
         self._tombstones: list[Tombstone] | None = None
         self._views: dict[tuple[int, torch.device], View] = {}
-        total = sum(capacities.values())
-        first = 0
         for name in SLABS:
             if capacity := capacities.get(name, 0):
-                table = IdentityTable(capacity)
-                table.uid.copy_(torch.arange(first, first + capacity))
-                table.clade.copy_(table.uid)
-                table.group.copy_(table.uid * num_groups // total)
-                self.add_module(name, table)
-                first += capacity
-        self.register_buffer("next_uid", torch.tensor(total))
+                self.add_module(name, IdentityTable(capacity))
+        self.register_buffer("next_uid", torch.tensor(0))
         # What a state dict is read by: a shard of it may hold this layer's tables in part only.
-        self.register_buffer("slab_sizes", torch.tensor([capacities.get(name, 0) for name in SLABS]))
-        self.register_buffer("facet_normal", torch.zeros(num_facets, hidden_size))
-        self.register_buffer("facet_offset", torch.zeros(num_facets))
+        self.register_buffer("slab_sizes", torch.zeros(len(SLABS), dtype=torch.int64))
+        # A model that is loaded in bf16 is built with bf16 as the default.
+        self.register_buffer("facet_normal", torch.zeros(num_facets, hidden_size, dtype=torch.float32))
+        self.register_buffer("facet_offset", torch.zeros(num_facets, dtype=torch.float32))
         self.register_buffer("leaf_uid", torch.zeros(num_leaves, dtype=torch.int64))
         # Signs: +1 or -1 where the leaf lies on that side of the facet, 0 where the facet does not concern it.
         self.register_buffer("leaf_path", torch.zeros(num_leaves, num_facets, dtype=torch.int8))
         # Columns uid, clade, field, group, heir.
         self.register_buffer("tombstone_place", torch.zeros(num_tombstones, 5, dtype=torch.int64))
-        self.register_buffer("tombstone_key", torch.zeros(num_tombstones, hidden_size))
-        self.register_buffer("tombstone_bias", torch.zeros(num_tombstones))
+        self.register_buffer("tombstone_key", torch.zeros(num_tombstones, hidden_size, dtype=torch.float32))
+        self.register_buffer("tombstone_bias", torch.zeros(num_tombstones, dtype=torch.float32))
+        for buffer, value in self._first_values():
+            buffer.copy_(value)
 
     next_uid: Tensor
     slab_sizes: Tensor
@@ -215,6 +227,29 @@ class Population(KeepsDtype):
     tombstone_place: Tensor
     tombstone_key: Tensor
     tombstone_bias: Tensor
+
+    def _first_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers of a fresh population and their values: every slot holds an expert that is a clade of its own."""
+        sizes = {name: self.capacity(name) for name in self.slabs}
+        total = sum(sizes.values())
+        first = 0
+        for name, capacity in sizes.items():
+            table = self.table(name)
+            uid = torch.arange(first, first + capacity)
+            yield from ((table.uid, uid), (table.clade, uid), (table.group, uid * self.num_groups // total))
+            first += capacity
+        yield self.next_uid, torch.tensor(total)
+        yield self.slab_sizes, torch.tensor([sizes.get(name, 0) for name in SLABS])
+
+    def reset_parameters(self) -> None:
+        """A fresh population in which nothing ever happened; leaves alone what a checkpoint has loaded."""
+        for buffer, value in self._first_values():
+            init.copy_(buffer, value)
+        for name in HISTORY_TABLES:
+            table = getattr(self, name)
+            if not getattr(table, "_is_hf_initialized", False):
+                setattr(self, name, table.new_zeros(0, *table.shape[1:]))
+        self.stale()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

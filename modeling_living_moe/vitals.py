@@ -14,10 +14,13 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from living_moe.modeling_living_moe.distributed import rank, world_size
 from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, RowTable
 
+#: Step of the last event of a layer that had none.
+LONG_AGO = -1_000_000_000
 #: Columns that `model.vitals(layer)` shows.
 SHOWN = ("load", "router_weight", "grad_norm", "foreign_load", "age", "tokens")
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
@@ -64,7 +67,7 @@ class Vitals(KeepsDtype):
                 self.add_module(name, VitalsTable(capacity))
         #: Steps folded so far, and the step of the layer's last event.
         self.register_buffer("steps", torch.tensor(0))
-        self.register_buffer("last_event", torch.tensor(-1_000_000_000))
+        self.register_buffer("last_event", torch.tensor(LONG_AGO))
         #: Rows tokens, routing weight, foreign tokens: (3, E), fp64.
         self.pending: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
@@ -74,6 +77,11 @@ class Vitals(KeepsDtype):
 
     steps: Tensor
     last_event: Tensor
+
+    def reset_parameters(self) -> None:
+        """Nothing lived yet; leaves alone what a checkpoint has loaded."""
+        init.zeros_(self.steps)
+        init.constant_(self.last_event, LONG_AGO)
 
     def table(self, slab: str) -> VitalsTable:
         return self.get_submodule(slab)  # type: ignore[return-value]
