@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from living_moe.modeling_living_moe.population import SLABS
+from living_moe.modeling_living_moe.population import SLABS, sort_slabs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,6 +94,10 @@ class ExpertPool(nn.Module):
 
     def new_slab(self, name: str, capacity: int) -> ExpertSlab:
         return ExpertSlab(self.config, capacity, self.hidden_size, self.intermediate_size, trainable=name != "frozen")
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        sort_slabs(self._modules)
 
     def slab(self, name: str) -> ExpertSlab:
         return unwrapped(self.get_submodule(name))

@@ -59,6 +59,17 @@ class KeepsDtype(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+def sort_slabs(entries: dict[str, Any]) -> None:
+    """Bring a dict from slab name to anything into slot order, in place.
+
+    A slab born late would otherwise come last in `named_parameters`, and a reloaded model would list its parameters in
+    another order: optimizers find their state by that order, and a sum over parameters rounds by it.
+    """
+    for name in SLABS:
+        if name in entries:
+            entries[name] = entries.pop(name)
+
+
 class RowTable(KeepsDtype):
     """Buffers with one row per slot of a slab, all described by `columns`."""
 
@@ -365,6 +376,10 @@ class Population(KeepsDtype):
     def num_open(self, field: int = ROOT_FIELD) -> int:
         """Clades that tokens of `field` can choose."""
         return sum(cell[0].server != NOBODY for cell in self.visible_cells(field))
+
+    def reachable(self, field: int = ROOT_FIELD) -> int:
+        """Experts that tokens of `field` can be served by."""
+        return len({address.server for cell in self.visible_cells(field) for address in cell} - {NOBODY})
 
     def view(self, field: int, device: torch.device) -> View:
         key = (field, device)

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from living_moe.modeling_living_moe.families import Scoring
-from living_moe.modeling_living_moe.population import SLABS, Population, View
+from living_moe.modeling_living_moe.population import SLABS, Population, View, sort_slabs
+
+
+class Keys(nn.ParameterDict):
+    """Keys per slab, (C, H) each, listed in slot order whatever the order they came in."""
+
+    def __setitem__(self, key: str, value: nn.Parameter) -> None:
+        super().__setitem__(key, value)
+        for entries in (self._keys, self._parameters):
+            sort_slabs(entries)
 
 
 class LivingRouter(nn.Module):
@@ -32,7 +41,7 @@ class LivingRouter(nn.Module):
         self.scoring = scoring
         self.hidden_size = hidden_size
         self.train_frozen_keys = train_frozen_keys
-        self.keys = nn.ParameterDict()
+        self.keys = Keys()
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.keys[name] = self.new_keys(name, capacity)
