@@ -6,6 +6,7 @@ import ast
 import os
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,30 +38,53 @@ def documentation(limit: int) -> str:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                docstring = ast.get_docstring(node)
-                if docstring and len(docstring) >= _MIN_DOCSTRING:
-                    parts.append(docstring)
+        docstrings = [ast.get_docstring(node) or "" for node in _documented(tree)]
+        parts += [docstring for docstring in docstrings if len(docstring) >= _MIN_DOCSTRING]
     return "\n\n".join(parts)[:limit]
 
 
 def source_code(limit: int) -> str:
-    """Python source of the standard library, whole files in a fixed random order, up to `limit` characters."""
+    """Python source of the standard library, whole files in a fixed random order, up to `limit` characters.
+
+    Docstrings are left out: they are the prose of `documentation`, and a text must not be in both domains.
+    """
     files = standard_library()
     random.Random(0).shuffle(files)
     parts: list[str] = []
     length = 0
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+            text = without_docstrings(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
         parts.append(text)
         length += len(text)
         if length >= limit:
             break
     return "\n".join(parts)[:limit]
+
+
+def without_docstrings(source: str) -> str:
+    """Python source without the lines of its docstrings.
+
+    Raises:
+        SyntaxError: Not Python source of this interpreter's version.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in _documented(ast.parse(source)):
+        first = node.body[0]
+        assert first.end_lineno is not None
+        for number in range(first.lineno - 1, first.end_lineno):
+            lines[number] = ""
+    return "".join(lines)
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The nodes of a module that have a docstring, the module itself included."""
+    for node in ast.walk(tree):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            yield node
 
 
 def read_text(path: Path, limit: int | None = None) -> str:

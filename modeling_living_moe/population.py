@@ -46,7 +46,14 @@ NOBODY = -1
 
 
 class KeepsDtype(nn.Module):
-    """A module whose floating buffers keep their dtype under `.to(dtype)`, `.half()`, ...: they are no weights."""
+    """A module whose floating buffers keep their dtype under `.to(dtype)`, `.half()`, ...: they are no weights.
+
+    If its children are named after slabs, they are listed in slot order.
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        sort_slabs(self._modules)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep_dtype(tensor: Tensor) -> Tensor:

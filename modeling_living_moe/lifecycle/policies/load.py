@@ -26,8 +26,12 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
         table = block.vitals.table(slab)
         rows[slab] = {name: getattr(table, name).tolist() for name in columns}
     has_fields = block.num_fields > 0
-    for member in block.population.members:
+    population = block.population
+    # The uniform share of a field is over the experts its tokens can reach, not over those its newborns replace.
+    reachable = {field: population.reachable(field) for field in {member.field for member in population.members}}
+    for member in population.members:
         values = {name: rows[member.slab][name][member.row] for name in columns}
+        values["load"] *= reachable[member.field] / len(population.members)
         # A frozen expert outside its field cannot learn, so any real demand there is unmet.
         adapts = has_fields and member.slab == "frozen" and member.field == ROOT_FIELD
         metric, threshold = ("foreign_load", config.adapt_load) if adapts else ("load", config.split_load)
