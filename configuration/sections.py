@@ -169,7 +169,7 @@ class ReceptiveFieldConfig(Section):
     decay: float = 0.97
     #: The gate opens above 0 and above this quantile of the evidence on calibration text: at most 1 - quantile of old
     #: tokens leave the root field. Higher protects more of what is old, lower opens more of a near new domain.
-    quantile: float = 0.965
+    quantile: float = 0.97
     #: Pseudo-count, in tokens, of the old density inside the new one: a new field starts as the old one and departs.
     prior_tokens: float = 2000.0
     #: Calibration tokens kept in the model to place the threshold again as the new density grows (never trained on).
