@@ -96,15 +96,15 @@ def convert(
         setattr(config, implementation, getattr(model.config, implementation))
     config.provenance = {"base_model": name, "family": family.model_type}
     living = graft(model, config, copy_tensors=not owned)
+    if calibration is not None:
+        living.calibrate(calibration)
     if verify:
         living.graft_verification = verification = compare(model, living)
         print(
-            f"graft of {name or type(model).__name__}: max |logits - source logits| = {verification.max_difference:.3g} "
-            f"on {verification.tokens} tokens (largest |logit| {verification.max_logit:.3g})"
+            f"graft of {name or type(model).__name__}: max |logits - source logits| = "
+            f"{verification.max_difference:.3g} on {verification.tokens} tokens (largest |logit| {verification.max_logit:.3g})"
         )
         living.config.provenance["graft_max_logit_difference"] = verification.max_difference
-    if calibration is not None:
-        living.calibrate(calibration)
     if target is not None:
         living.save_pretrained(target)
         copy_tokenizer(source, target)

@@ -54,6 +54,6 @@ def require_agreement(what: str, value: str) -> None:
     values = gather_objects(value)
     if len(set(values)) > 1:
         raise TrainingError(
-            f"ranks disagree on {what}: {[v[:12] for v in values]}; every rank must see the same model, the same plan and "
-            f"all-reduced vitals. Check that all ranks call lifecycle_step after every optimizer step."
+            f"ranks disagree on {what}: {[v[:12] for v in values]}; every rank must see the same model, the same plan "
+            f"and all-reduced vitals. Check that all ranks call lifecycle_step after every optimizer step."
         )

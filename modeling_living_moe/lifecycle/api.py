@@ -99,7 +99,7 @@ class LifecycleMixin:
         blocks = self.living_blocks
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < len(blocks):
             raise PopulationError(
-                f"layer {layer!r}: this model has living layers 0..{len(blocks) - 1}, and an event stays within one layer."
+                f"layer {layer!r}: this model has living layers 0..{len(blocks) - 1}, and an event stays within one."
             )
         return blocks[layer]
 

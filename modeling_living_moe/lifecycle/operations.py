@@ -155,8 +155,8 @@ def _check_room(block: LivingMoeBlock, around: Surroundings) -> None:
     needed = (around.bytes_now + around.bytes_per_expert) / 2**20
     if budget is not None and needed > budget:
         raise PopulationError(
-            f"layer {block.layer}: a split would bring the experts to {needed:.1f} MiB but experts.memory_budget_mib is "
-            f"{budget:g}; raise it, or remove or merge experts first."
+            f"layer {block.layer}: a split would bring the experts to {needed:.1f} MiB but experts.memory_budget_mib "
+            f"is {budget:g}; raise it, or remove or merge experts first."
         )
 
 
