@@ -59,12 +59,12 @@ class Sizes:
     finetune_steps: int = 250
     pretrain_lr: float = 2e-3
     finetune_lr: float = 2e-3
+    living_lr: float = 3e-3
     eval_blocks: int = 96
-    calibration_blocks: int = 512
     lifecycle: dict[str, Any] = field(default_factory=lambda: {"interval": 5, "warmup_steps": 5, "patience": 1})
 
 
-SMOKE = replace(Sizes(), characters=200_000, pretrain_steps=12, finetune_steps=12, eval_blocks=8, calibration_blocks=64)
+SMOKE = replace(Sizes(), characters=200_000, pretrain_steps=12, finetune_steps=12, eval_blocks=8)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def quickstart(
         output / "base",
         output / "living",
         preset="frozen-graft",
-        calibration=domains[0].train[: sizes.calibration_blocks],
+        calibration=domains[0].train,
         lifecycle={**sizes.lifecycle, "seed": seed},
     )
     rows = {
@@ -285,7 +285,8 @@ def learn_second(
     meter = None if living_model is None else JumpMeter(living_model, domains[1].train[: sizes.batch])
     started = time.perf_counter()
     title = f"{name} learns {domains[1].name}"
-    losses = train(model, domains[1], sizes.finetune_steps, sizes.finetune_lr, sizes, seed + 1, title, console)
+    lr = sizes.finetune_lr if living_model is None else sizes.living_lr
+    losses = train(model, domains[1], sizes.finetune_steps, lr, sizes, seed + 1, title, console)
     seconds = time.perf_counter() - started - (0.0 if meter is None else meter.seconds)
     after = [measure(model, domain, sizes) for domain in domains]
     if living_model is None:

@@ -1,0 +1,84 @@
+"""The `living-moe` command: what it does, and one clear line when it cannot."""
+
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import living_moe
+from living_moe.cli import main, parse_overrides
+from living_moe.configuration.errors import ConfigurationError
+from living_moe.quickstart import Sizes, quickstart
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    factories.source_model("mixtral").save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_convert_writes_a_living_checkpoint_that_computes_the_same(source: Path, tmp_path: Path, capsys):
+    target = tmp_path / "living"
+    assert main(["convert", str(source), str(target), "--preset", "grow", "--set", "lifecycle.interval=7"]) == 0
+    assert "max |logits - source logits| = 0 " in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.config.lifecycle.interval == 7
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_convert_never_overwrites(source: Path, tmp_path: Path, capsys):
+    (tmp_path / "living").mkdir()
+    (tmp_path / "living" / "mine.txt").write_text("keep")
+    assert main(["convert", str(source), str(tmp_path / "living")]) == 1
+    error = capsys.readouterr().err
+    assert "never overwrites" in error
+    assert len(error.strip().splitlines()) == 1
+    assert [entry.name for entry in (tmp_path / "living").iterdir()] == ["mine.txt"]
+
+
+def test_inspect_shows_populations_parameters_and_events(source: Path, tmp_path: Path, capsys):
+    model = living_moe.convert(source, preset="grow")
+    newborn = model.split_expert(0, 1).children[0]
+    model.save_pretrained(tmp_path / "living")
+    assert main(["inspect", str(tmp_path / "living")]) == 0
+    shown = capsys.readouterr().out
+    assert "split" in shown
+    assert str(newborn) in shown
+    assert f"{sum(p.numel() for p in living_moe.convert(source, preset='grow').parameters()):,}" not in shown
+    assert "Populations" in shown
+
+
+def test_inspect_of_something_else_is_one_clear_line(tmp_path: Path, capsys):
+    assert main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert "not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["lifecycle", "lifecycle.interval", "=3", "interval=3"])
+def test_a_malformed_override_is_refused(text: str):
+    with pytest.raises(ConfigurationError, match=r"section\.field=value"):
+        parse_overrides([text])
+
+
+def test_overrides_are_json_values_or_plain_text():
+    assert parse_overrides(["a.b=3", "a.c=0.5", "a.d=true", "a.e=None", "d.f=load"]) == {
+        "a": {"b": 3, "c": 0.5, "d": True, "e": None},
+        "d": {"f": "load"},
+    }
+
+
+def test_the_quickstart_tells_the_whole_story_in_small(tmp_path: Path):
+    sizes = Sizes(
+        characters=60_000, vocabulary=300, block=32, batch=4, hidden=32, layers=2, experts=4, pretrain_steps=4,
+        finetune_steps=6, eval_blocks=4,
+        lifecycle={"interval": 2, "warmup_steps": 2, "patience": 1},
+    )  # fmt: skip
+    rows = quickstart(tmp_path / "run", sizes=sizes)
+    assert rows["plain"].first_before == rows["living"].first_before
+    assert sum(rows["living"].experts) > 8
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"population.png", "population.html"}
+    assert "perplexity" in (tmp_path / "run" / "living-trained" / "README.md").read_text(encoding="utf-8").lower()
