@@ -36,12 +36,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from living_moe.configuration.errors import ConfigurationError
 
 #: What `config._experts_implementation` (or `model.set_experts_implementation`) says to choose this implementation.
 ACTIVE = "active"
+
+SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))
 
 #: Maps gate_up (S, 2I) to the experts' hidden units (S, I).
 GateFunction = Callable[[Tensor], Tensor]
@@ -108,7 +111,7 @@ def _gate_function(experts: Any) -> GateFunction | None:
     # A gate of the family's own (clamped, interleaved) replaces the interface's default.
     if apply_gate is not None and apply_gate.__module__ != use_experts_implementation.__module__:
         return experts._apply_gate
-    if isinstance(act_fn, nn.SiLU) or act_fn is F.silu:
+    if act_fn is F.silu or isinstance(act_fn, SILU_CLASSES):
         return None
 
     def gated(gate_up: Tensor) -> Tensor:
@@ -186,25 +189,27 @@ class _ActiveExperts(torch.autograd.Function):
                 grad_weights = torch.bmm(out_TKH.to(wide), grad_TH.to(wide).unsqueeze(2)).squeeze(2)
                 grad_weights = grad_weights.to(weights_TK.dtype)
 
+            token_S = order_N[:pairs] // top_k
             weight_S1 = weights_TK.reshape(-1)[order_N[:pairs]].unsqueeze(1)
-            grad_SH = (grad_TH[order_N[:pairs] // top_k] * weight_S1).to(dtype)
+            grad_SH = (grad_TH[token_S] * weight_S1).to(dtype)
+            if needs_x or needs_gate_up:
+                grad_units_SI = torch.empty_like(units_SI)
+                _segments_mm(grad_SH.split(sizes), down_proj, active, grad_units_SI.split(sizes))
             if needs_down:
                 grad_down = _weight_gradient(
                     ctx.parameters[1], grad_SH, units_SI, active, sizes, direct=ctx.direct_grad
                 )
             if needs_x or needs_gate_up:
-                grad_units_SI = torch.empty_like(units_SI)
-                _segments_mm(grad_SH.split(sizes), down_proj, active, grad_units_SI.split(sizes))
                 grad_gate_up_SI = _gate_backward(grad_units_SI, gate_up_SI, silu_SI, ctx.gate_fn)
-                if needs_x:
-                    grad_NH = x_SH.new_empty(tokens * top_k, hidden)
-                    grad_NH[pairs:].zero_()
-                    _segments_mm(grad_gate_up_SI.split(sizes), gate_up_proj, active, grad_NH[:pairs].split(sizes))
-                    grad_x = grad_NH[place_N].view(tokens, top_k, hidden).sum(dim=1).to(ctx.hidden_dtype)
-                if needs_gate_up:
-                    grad_gate_up = _weight_gradient(
-                        ctx.parameters[0], grad_gate_up_SI, x_SH, active, sizes, direct=ctx.direct_grad
-                    )
+            if needs_x:
+                grad_NH = x_SH.new_empty(tokens * top_k, hidden)
+                grad_NH[pairs:].zero_()
+                _segments_mm(grad_gate_up_SI.split(sizes), gate_up_proj, active, grad_NH[:pairs].split(sizes))
+                grad_x = grad_NH[place_N].view(tokens, top_k, hidden).sum(dim=1).to(ctx.hidden_dtype)
+            if needs_gate_up:
+                grad_gate_up = _weight_gradient(
+                    ctx.parameters[0], grad_gate_up_SI, x_SH, active, sizes, direct=ctx.direct_grad
+                )
         return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None
 
 

@@ -215,6 +215,15 @@ def test_a_gate_of_the_family_is_used() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_silu_experts_take_the_path_without_autograd() -> None:
+    slab = new_slab(2)
+    assert active_experts._gate_function(slab) is None
+    slab.act_fn = nn.SiLU()
+    assert active_experts._gate_function(slab) is None
+    slab.act_fn = nn.GELU()
+    assert active_experts._gate_function(slab) is not None
+
+
 def test_experts_with_biases_are_refused() -> None:
     config = GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
     config._experts_implementation = "active"
