@@ -1,8 +1,8 @@
 """Saving and loading: exactly the living, all of it, or a clear error.
 
 A checkpoint holds the alive experts only (spare slots are dropped), with per-layer sizes in `config.json`, identity and
-vitals as tensors, and events in `lineage.jsonl`. It is written beside its destination and moved there when
-complete. Loading is strict: a missing, extra, mis-shaped or truncated tensor is an error that names it. safetensors only.
+vitals as tensors, and events in `lineage.jsonl`. It is written apart and moved to its destination when complete.
+Loading is strict: a missing, extra, mis-shaped or truncated tensor is an error that names it. safetensors only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from living_moe.configuration.errors import CheckpointError, LivingMoeError
 from living_moe.modeling_living_moe.block import LivingMoeBlock
@@ -282,7 +282,7 @@ def check_files(directory: Path, variant: str | None = None) -> None:
     """Raise `CheckpointError` if a checkpoint's weight files are missing or truncated; reads headers only."""
 
     def named(name: str) -> str:
-        stem, suffix = name.split(".", 1)
+        stem, _, suffix = name.rpartition(".")
         return f"{stem}.{variant}.{suffix}" if variant else name
 
     index = directory / named(SAFE_WEIGHTS_INDEX_NAME)
@@ -293,7 +293,7 @@ def check_files(directory: Path, variant: str | None = None) -> None:
             raise CheckpointError(f"{index} is not a shard index: {error}.") from error
     else:
         shards = [named(SAFE_WEIGHTS_NAME)]
-    if not (directory / "config.json").is_file():
+    if not (directory / CONFIG_NAME).is_file():
         raise CheckpointError(f"{directory} has no config.json: not a checkpoint, or an interrupted save.")
     for shard in shards:
         file = directory / shard
@@ -323,50 +323,58 @@ def _is_foreign_card(path: Path) -> bool:
     return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
-#: Files a save replaces; anything else in the directory is somebody else's.
+#: Files a save replaces, with or without a variant's name; anything else in the directory is somebody else's.
 _OURS = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|lineage\.jsonl"
+    r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.[\w-]+)?\.json"
+    r"|(generation_)?config\.json|lineage\.jsonl"
 )
+#: Where a save puts its files until they are complete; one that an earlier, killed save left is removed.
+_STAGE_PREFIX = ".save-"
 
 
 @contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """A new directory beside `target` that takes its place when the block ends without an error.
+    """A new directory whose files take the place of the checkpoint in `target` when the block ends without an error.
 
-    Until then `target` is untouched, and afterwards it holds the new files and whatever foreign files it held. Two
-    renames swap the directories; if the process dies between them, the old checkpoint is complete in the hidden
-    directory `.NAME.old-*` beside it, and `target` does not exist (rather than loading wrongly).
+    Until then that checkpoint is untouched. Then files are renamed one by one: `config.json`, without which nothing
+    loads, is the first to go and the last to come. After an error all is as before. If the process is killed in
+    between, `target` does not load (rather than wrongly), and the old files are in `.save-*/old`. The stage is inside
+    `target` because that may be a mount point or the working directory, which cannot be renamed.
     """
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+    created = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=target))
     try:
-        yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        stage.chmod(0o777 & ~umask)
-        _take_place(stage, target)
+        (work / "new").mkdir()
+        (work / "old").mkdir()
+        yield work / "new"
+        _swap(target, work)
     except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):
+                target.rmdir()
+        raise
+    for stage in target.glob(f"{_STAGE_PREFIX}*"):
         shutil.rmtree(stage, ignore_errors=True)
-        raise
 
 
-def _take_place(stage: Path, target: Path) -> None:
-    if not target.exists():
-        stage.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+def _swap(target: Path, work: Path) -> None:
+    """Move the checkpoint in `target` to `work/old` and `work/new` to `target`; undone by an error."""
+    arriving = sorted((work / "new").iterdir(), key=lambda file: file.name == CONFIG_NAME)
+    names = {file.name for file in arriving}
+    leaving = [file for file in target.iterdir() if _OURS.fullmatch(file.name) or file.name in names]
+    leaving.sort(key=lambda file: file.name != CONFIG_NAME)
+    moves = [(file, work / "old" / file.name) for file in leaving] + [(file, target / file.name) for file in arriving]
+    done: list[tuple[Path, Path]] = []
     try:
-        target.rename(old)  # onto an empty directory: atomic
-        stage.rename(target)
-    except OSError:
-        if not target.exists() and any(old.iterdir()):
-            old.rename(target)
+        for source, destination in moves:
+            source.rename(destination)
+            done.append((source, destination))
+    except BaseException:
+        for source, destination in reversed(done):
+            destination.rename(source)
         raise
-    for entry in old.iterdir():
-        if not _OURS.fullmatch(entry.name) and not (target / entry.name).exists():
-            entry.rename(target / entry.name)
-    shutil.rmtree(old)
 
 
 __all__ = ["CheckpointMixin", "check_files", "set_card_writer"]

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from factories import (
     FAMILIES,
     check_invariants,
@@ -21,6 +19,8 @@ from factories import (
     mixed_text,
     relative_difference,
 )
+from torch import Tensor
+
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.errors import PopulationError
 from living_moe.modeling_living_moe.router import LivingRouter

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from factories import EVENTS, HIDDEN, check_invariants, drift, living_model, try_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factories import EVENTS, HIDDEN, check_invariants, drift, living_model, try_event
 from living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.receptive_field import FieldGate
@@ -96,7 +96,9 @@ def test_outputs_and_gradients_equal_the_oracles(
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
             fast = gradients(block, output, hidden_TH)
             for name in slow:
-                torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    fast[name], slow[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                )
     block.shared_experts = shared
 
 

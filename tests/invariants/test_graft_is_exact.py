@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from factories import FAMILIES, living_model, logits, mixed_text, save_source, source_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import living_moe
-from factories import FAMILIES, living_model, logits, mixed_text, save_source, source_model
 
 CALIBRATION = mixed_text(20, 20, seed=9)
 
@@ -37,7 +37,9 @@ def in_steps(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_the_sources(family: str, attention: str, experts: str, preset: str) -> None:
     source = cached_source(family, attention, experts)
-    model = living_moe.convert(source, preset=preset, verify=False, calibration=CALIBRATION if preset != "grow" else None)
+    model = living_moe.convert(
+        source, preset=preset, verify=False, calibration=CALIBRATION if preset != "grow" else None
+    )
     ids = mixed_text(3, 12)
     padded = torch.ones_like(ids)
     padded[1, :4], padded[2, :1] = 0, 0
