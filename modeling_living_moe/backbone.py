@@ -1,13 +1,14 @@
 """A source family's own Transformers model, with living blocks in place of its MoE blocks.
 
 Nothing of the family is rewritten: a subclass builds it with a one-expert skeleton (so the source's experts are
-never allocated), then swaps the blocks. A hook before each decoder layer hands the pass's context to its block; it
-runs inside the checkpointed function, so recomputation sees the same context.
+never allocated), then swaps the blocks. Each decoder layer's class is subclassed too, to hand the pass's context to its
+block inside the function that gradient checkpointing runs again: a recomputation sees the context of its own pass.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from living_moe.configuration import LivingMoeConfig
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
 from living_moe.modeling_living_moe.experts import ExpertSlab
-from living_moe.modeling_living_moe.families import Family, family_of
+from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.population import SLABS, Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LivingRouter
@@ -81,7 +82,7 @@ class LivingBackbone:
             ]
             attach_deltas(layer, names, rank, NUM_FIELDS)
         for layer in self.layers:  # type: ignore[attr-defined]
-            layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+            layer.__class__ = living_layer_class(type(layer))
         # What a family keeps in fp32 may have gone with its blocks; our tables have dtypes of their own.
         names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]  # type: ignore[attr-defined]
         wanted = type(self)._keep_in_fp32_modules_strict or ()  # type: ignore[attr-defined]
@@ -106,16 +107,32 @@ def init_living_weights(module: nn.Module, std: float) -> None:
         module.reset_parameters()
 
 
-def enter_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take the context out of a decoder layer's call and give it to the modules that read it."""
-    context: ForwardContext | None = kwargs.pop("living_context", None)
+class LivingLayer:
+    """Mixin over a family's decoder layer class; see `living_layer_class`."""
+
+    def forward(self, *args: Any, living_context: ForwardContext | None = None, **kwargs: Any) -> Any:
+        """As the family's, with the context within reach of the modules that read it."""
+        share_context(self, living_context)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # It holds the pass's graph, which may be large and which no copy of a model may carry.
+            share_context(self, None)
+
+
+def share_context(layer: Any, context: ForwardContext | None) -> None:
     name = getattr(layer, "living_block", None)
     if name is not None:
         getattr(layer, name).context = context
     holder = getattr(getattr(layer, "self_attn", None), "gate_holder", None)
     if isinstance(holder, GateHolder):
         holder.gate = None if context is None else context.gate
-    return args, kwargs
+
+
+@functools.cache
+def living_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """`layer_class` that takes a `living_context`; built once per family."""
+    return type(f"Living{layer_class.__name__}", (LivingLayer, layer_class), {"__module__": __name__})
 
 
 @functools.cache
@@ -129,7 +146,20 @@ def living_backbone_class(model_class: type[PreTrainedModel]) -> type[PreTrained
             "__module__": __name__,
             "__doc__": f"{model_class.__name__} with living blocks.",
             "_can_record_outputs": recorded,
+            "_no_split_modules": [f"Living{name}" for name in model_class._no_split_modules or ()],
             "_can_set_experts_implementation_cached_value": True,
             "_can_set_attn_implementation_cached_value": True,
         },
     )
+
+
+def __getattr__(name: str) -> type:
+    """A class built on demand, by its name: unpickling a whole model asks for them."""
+    if name.startswith("Living"):
+        for family in FAMILIES.values():
+            source = getattr(sys.modules[family.model_class.__module__], name.removeprefix("Living"), None)
+            if isinstance(source, type) and issubclass(source, PreTrainedModel):
+                return living_backbone_class(source)
+            if isinstance(source, type) and issubclass(source, nn.Module):
+                return living_layer_class(source)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

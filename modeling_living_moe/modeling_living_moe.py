@@ -88,8 +88,6 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         self.register_buffer("lifecycle_steps", torch.tensor(0))
         self._steps: int | None = None
         self.lineage_ = Lineage()
-        #: Of the last forward pass, for what comes after the backbone (head delta, auxiliary losses).
-        self.last_context = ForwardContext()
         self.post_init()
         # Initial weights begin a new life, whatever past the config tells of.
         self.record_populations()
@@ -111,12 +109,17 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        living_context: ForwardContext | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """As the backbone's forward. Tokens given as `inputs_embeds` carry no evidence for receptive fields."""
-        context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
-        context.keep_choices = bool(kwargs.get("output_router_logits"))
-        self.last_context = context
+        """As the backbone's forward. Tokens given as `inputs_embeds` carry no evidence for receptive fields.
+
+        Args:
+            living_context: What the blocks share, from `read_context`; for callers that read it again afterwards.
+        """
+        context = living_context
+        if context is None:
+            context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
@@ -252,9 +255,10 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = bool(self.config.output_router_logits)
-        self.model.last_context.choices.clear()
         z_loss_coef = self.config.router.z_loss_coef
         want_logits = output_router_logits or (z_loss_coef > 0 and labels is not None)
+        context = self.model.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
+        context.keep_choices = output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -262,6 +266,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            living_context=context,
             output_router_logits=want_logits,
             return_dict=True,
             **kwargs,
@@ -269,15 +274,17 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden)
         if self.head_delta is not None:
-            logits = self._apply_head_delta(hidden, logits, logits_to_keep)
+            logits = self._apply_head_delta(hidden, logits, logits_to_keep, context)
 
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if output_router_logits and (coefficient := self.aux_loss_coef) is not None:
-            aux_loss = self._load_balancing_loss(outputs.router_logits)
+            aux_loss = self._load_balancing_loss(outputs.router_logits, context)
             if loss is not None:
                 loss = loss + coefficient * aux_loss.to(loss.device)
+            # Gradient checkpointing keeps the context for its recomputation: a cycle through the graph.
+            context.choices.clear()
         if loss is not None and z_loss_coef > 0:
             squares = [
                 layer.float().logsumexp(dim=-1).square().mean().to(loss.device) for layer in outputs.router_logits
@@ -293,9 +300,10 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def _apply_head_delta(self, hidden: Tensor, logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    def _apply_head_delta(
+        self, hidden: Tensor, logits: Tensor, logits_to_keep: int | Tensor, context: ForwardContext
+    ) -> Tensor:
         assert self.head_delta is not None
-        context = self.model.last_context
         if context.gate is None or not (self.training or context.gate.any_open()):
             return logits
         index = context.gate.index.to(hidden.device)
@@ -309,9 +317,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         own = self.config.router.aux_loss_coef
         return own if own is not None else getattr(self.config.backbone_config, "router_aux_loss_coef", None)
 
-    def _load_balancing_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+    def _load_balancing_loss(self, router_logits: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
         """Over the tokens of this pass: with a cache, the attention mask knows more of them than the routers saw."""
-        context = self.model.last_context
         blocks = self.living_blocks
         counts = set(self.expert_counts)
         top_k = blocks[0].router.scoring.top_k
