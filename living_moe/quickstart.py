@@ -55,8 +55,8 @@ class Sizes:
     hidden: int = 128
     layers: int = 4
     experts: int = 8
-    pretrain_steps: int = 450
-    finetune_steps: int = 250
+    pretrain_steps: int = 400
+    finetune_steps: int = 220
     pretrain_lr: float = 2e-3
     finetune_lr: float = 2e-3
     living_lr: float = 3e-3
@@ -209,7 +209,7 @@ def read_domains(
         "Python's source code" if second is None else second.stem,
     ]
     if first is not None and second is not None and names[0] == names[1]:
-        names = [str(first), str(second)]
+        names = [f"{path.resolve().parent.name}/{path.name}" for path in (first, second)]
     tokenizer = train_tokenizer(texts, sizes.vocabulary)
     domains = [make_domain(name, encode(tokenizer, text), sizes) for name, text in zip(names, texts, strict=True)]
     return tokenizer, (domains[0], domains[1])

@@ -1,6 +1,6 @@
 """Split the overloaded, adapt the frozen that are in demand, remove the starved.
 
-Loads are multiples of the uniform share. An expert must be over (or under) its threshold for `patience` decisions in a
+Loads are multiples of a uniform share: of the clades for overload, of the experts for starvation. An expert must be over (or under) its threshold for `patience` decisions in a
 row; newborns are immune until `min_age_steps`. A newborn halves its parent's load, so with `split_load` above twice
 `death_load` a split never makes a candidate for death.
 """
@@ -27,11 +27,16 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
         rows[slab] = {name: getattr(table, name).tolist() for name in columns}
     has_fields = block.num_fields > 0
     population = block.population
-    # The uniform share of a field is over the experts its tokens can reach, not over those its newborns replace.
-    reachable = {field: population.reachable(field) for field in {member.field for member in population.members}}
+    # Shares are of the experts that a field's tokens can reach, not of those its newborns replace. A split does not move
+    # tokens between clades, so overload is measured against a clade's uniform share: that stays where it is while
+    # the population grows, and growth ends when every member's part is small enough.
+    fields = {member.field for member in population.members}
+    reachable = {field: population.reachable(field) for field in fields}
+    clades = {field: population.num_open(field) for field in fields}
     for member in population.members:
         values = {name: rows[member.slab][name][member.row] for name in columns}
-        values["load"] *= reachable[member.field] / len(population.members)
+        per_expert = values["load"] * reachable[member.field] / len(population.members)
+        values["load"] *= clades[member.field] / len(population.members)
         # A frozen expert outside its field cannot learn, so any real demand there is unmet.
         adapts = has_fields and member.slab == "frozen" and member.field == ROOT_FIELD
         metric, threshold = ("foreign_load", config.adapt_load) if adapts else ("load", config.split_load)
@@ -39,7 +44,7 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
         mature = not born or values["age"] >= config.min_age_steps
         frozen = member.slab == "frozen"
         over = values[metric] > threshold and (adapts or (mature and not frozen))
-        under = values["load"] < config.death_load and mature and not frozen
+        under = per_expert < config.death_load and mature and not frozen
         overloaded = values["overloaded"] + 1 if over else 0
         starved = values["starved"] + 1 if under else 0
         table = block.vitals.table(member.slab)
@@ -49,7 +54,7 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
             urgency = values[metric] / max(threshold, 1e-9)
             proposals.append(Proposal("split", block.layer, (member.uid,), reason, urgency))
         elif starved >= config.patience:
-            reason = Reason("load", values["load"], config.death_load)
-            urgency = 1.0 - values["load"] / max(config.death_load, 1e-9)
+            reason = Reason("load", per_expert, config.death_load)
+            urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
             proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency))
     return proposals
