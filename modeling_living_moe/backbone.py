@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
 from living_moe.configuration import LivingMoeConfig
+from living_moe.configuration.errors import ConfigurationError
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
 from living_moe.modeling_living_moe.experts import ExpertSlab
@@ -57,6 +58,11 @@ class LivingBackbone:
         ]
         if config.populations is None:
             config.populations = [fresh_capacities(config, family) for _ in self.living_layers]
+        if len(config.populations) != len(self.living_layers):
+            raise ConfigurationError(
+                f"populations has {len(config.populations)} entries but {type(self).__name__} has "
+                f"{len(self.living_layers)} layers with experts; give one entry per such layer."
+            )
         for number, (layer, population) in enumerate(zip(self.living_layers, config.populations, strict=True)):
             source = getattr(layer, family.block_attribute)
             block = LivingMoeBlock(

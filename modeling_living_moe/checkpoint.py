@@ -93,7 +93,7 @@ class CheckpointMixin:
             return
         if not is_main_process:
             return
-        target = Path(save_directory)
+        target = Path(os.path.abspath(save_directory))
         if target.is_file():
             raise CheckpointError(f"{target} is a file; save_pretrained needs a directory.")
         hub = {
@@ -135,6 +135,8 @@ class CheckpointMixin:
                 do not describe a population; the lineage is broken. Each names the thing.
         """
         path = pretrained_model_name_or_path
+        # Not to be lenient: with it Transformers reports the tensors by name, and the check below refuses them.
+        kwargs["ignore_mismatched_sizes"] = True
         if path is not None and os.path.isdir(os.path.join(path, kwargs.get("subfolder", ""))):
             check_files(Path(path) / kwargs.get("subfolder", ""), kwargs.get("variant"))
         try:
@@ -289,7 +291,7 @@ def check_files(directory: Path, variant: str | None = None) -> None:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a shard index: {error}.") from error
     else:
         shards = [named(SAFE_WEIGHTS_NAME)]
