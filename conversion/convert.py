@@ -90,10 +90,7 @@ def convert(
             f"the source is a {type(model).__name__}; a graft needs a {family.causal_lm_class.__name__} "
             f"(with its language-model head)."
         )
-    config = LivingMoeConfig.from_backbone(copy.deepcopy(model.config), preset=preset, **overrides)
-    for implementation in ("_attn_implementation", "_experts_implementation"):
-        # Not part of a config's dict, so a copy would silently fall back to eager.
-        setattr(config, implementation, getattr(model.config, implementation))
+    config = LivingMoeConfig.from_backbone(model.config, preset=preset, **overrides)
     config.provenance = {"base_model": name, "family": family.model_type}
     living = graft(model, config, copy_tensors=not owned)
     if calibration is not None:
@@ -102,7 +99,8 @@ def convert(
         living.graft_verification = verification = compare(model, living)
         print(
             f"graft of {name or type(model).__name__}: max |logits - source logits| = "
-            f"{verification.max_difference:.3g} on {verification.tokens} tokens (largest |logit| {verification.max_logit:.3g})"
+            f"{verification.max_difference:.3g} on {verification.tokens} tokens "
+            f"(largest |logit| {verification.max_logit:.3g})"
         )
         living.config.provenance["graft_max_logit_difference"] = verification.max_difference
     if target is not None:
