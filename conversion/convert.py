@@ -136,7 +136,10 @@ def load_source(source: str | os.PathLike[str], loading: dict[str, Any]) -> PreT
         raise ConversionError(f"cannot read a model config from {source}: {error}") from error
     family = family_of(config)
     try:
-        model, info = family.causal_lm_class.from_pretrained(source, output_loading_info=True, **loading)
+        # Sizes that do not match are reported by name, and refused below.
+        model, info = family.causal_lm_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+        )
     except Exception as error:  # safetensors, zip, OS and shape errors alike mean: this source cannot be read
         raise ConversionError(f"cannot load {source} as {family.causal_lm_class.__name__}: {error}") from error
     incomplete = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})

@@ -1,4 +1,4 @@
-"""A checkpoint loads completely or not at all, with an error that names what is wrong; a save succeeds or changes nothing."""
+"""A checkpoint loads completely, or not at all with an error that names what is wrong; a save is whole or never was."""
 
 import functools
 import json
@@ -209,9 +209,10 @@ def test_a_wrong_count_names_the_tensors_it_does_not_fit(checkpoint: Path, slab:
 
 @pytest.mark.parametrize("table", ["facets", "leaves"])
 def test_a_wrong_table_size_names_the_table(checkpoint: Path, table: str) -> None:
-    edit_config(
-        checkpoint, lambda config: config["populations"][0].update({table: config["populations"][0][table] + 1})
-    )
+    def one_more(config: dict[str, Any]) -> None:
+        config["populations"][0][table] += 1
+
+    edit_config(checkpoint, one_more)
     refuses(checkpoint, "leaf_path")
 
 
@@ -334,12 +335,13 @@ def die() -> None:
 def test_after_an_error_at_any_point_the_old_checkpoint_is_as_it_was(tmp_path: Path, shards: str) -> None:
     steps = steps_of_a_save(shutil.copytree(saved(shards), tmp_path / "count"), max_shard_size=shards)
     assert len(steps) > 12 and steps[-1] == "rmtree"
+    failures = (OSError("disk full"), PowerFailure())
     for number in range(len(steps) - 1):  # by the last the new checkpoint is in place
         directory = shutil.copytree(saved(shards), tmp_path / str(number))
         (directory / "notes.txt").write_text("mine")
         before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-        def fail(error: OSError | PowerFailure = [OSError("disk full"), PowerFailure()][number % 2]) -> None:
+        def fail(error: BaseException = failures[number % 2]) -> None:
             raise error
 
         with pytest.MonkeyPatch.context() as monkeypatch:
