@@ -24,6 +24,7 @@ from living_moe.conversion.tables import BLOCK_TENSORS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.families import Family, family_of
+from living_moe.modeling_living_moe.modeling_living_moe import Clock
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.vitals import Vitals
@@ -216,7 +217,7 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
     if base.fields is not None:
         settings, vocab_size = base.config.receptive_field, base.config.backbone_config.vocab_size
         base.fields = ReceptiveFields(settings, vocab_size, base.fields.num_fields).to(device)
-    base.lifecycle_steps = torch.tensor(0, device=device)
+    base.clock = Clock().to(device)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -135,6 +135,11 @@ class CheckpointMixin:
                 do not describe a population; the lineage is broken. Each names the thing.
         """
         path = pretrained_model_name_or_path
+        if kwargs.get("offload_buffers"):
+            raise CheckpointError(
+                "offload_buffers=True would offload the tables of the populations, which are read at any time and are "
+                "small; leave it out."
+            )
         # Not to be lenient: with it Transformers reports the tensors by name, and the check below refuses them.
         kwargs["ignore_mismatched_sizes"] = True
         if path is not None and os.path.isdir(os.path.join(path, kwargs.get("subfolder", ""))):
@@ -144,7 +149,8 @@ class CheckpointMixin:
         except LivingMoeError:
             raise
         except (SafetensorError, RuntimeError) as error:
-            if "out of memory" in str(error).lower():
+            # No fault of the checkpoint: too little memory, or a context that makes every tensor a meta tensor.
+            if "out of memory" in str(error).lower() or torch.empty(0).is_meta:
                 raise
             raise CheckpointError(f"cannot load {path}: {error}") from error
         problems = [

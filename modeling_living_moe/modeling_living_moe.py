@@ -56,13 +56,26 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel)
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_living_weights(module, self.config.backbone_config.initializer_range)
-        if isinstance(module, LivingMoeModel):
-            init.zeros_(module.lifecycle_steps)
+        if isinstance(module, Clock):
+            init.zeros_(module.steps)
 
     @property
     def living_blocks(self) -> list[LivingMoeBlock]:
         """The living layers' blocks, by layer number."""
         return [module for module in self.modules() if isinstance(module, LivingMoeBlock)]
+
+
+class Clock(nn.Module):
+    """Optimizer steps lived, `steps`: a buffer so that it is saved, never read back per step.
+
+    A module of its own because a device map inferred by Accelerate forgets the buffers of modules it splits.
+    """
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
 
 
 class LivingMoeModel(LivingMoePreTrainedModel):
@@ -84,15 +97,12 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             if config.receptive_field.enabled
             else None
         )
-        #: Optimizer steps lived; a buffer so that it is saved, never read back per step.
-        self.register_buffer("lifecycle_steps", torch.tensor(0))
+        self.clock = Clock()
         self._steps: int | None = None
         self.lineage_ = Lineage()
         self.post_init()
         # Initial weights begin a new life, whatever past the config tells of.
         self.record_populations()
-
-    lifecycle_steps: Tensor
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -21,6 +21,15 @@ from living_moe.modeling_living_moe.population import SLABS, Population, View, s
 class Keys(nn.ParameterDict):
     """Keys per slab, (C, H) each, listed in slot order whatever the order they came in."""
 
+    # A ParameterDict refuses to be called, but only to what is called does Accelerate bring offloaded weights.
+    __call__ = nn.Module.__call__
+
+    def forward(self, alive: dict[str, int]) -> Tensor:
+        """Keys of the first rows of each slab, as many as `alive` says, in slot order: (E, H)."""
+        # A slab without spare rows is used whole: one autograd node less, and the very product of the source.
+        parts = [self[slab] if self[slab].shape[0] == count else self[slab][:count] for slab, count in alive.items()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def __setitem__(self, key: str, value: nn.Parameter) -> None:
         super().__setitem__(key, value)
         for entries in (self._keys, self._parameters):
@@ -50,12 +59,6 @@ class LivingRouter(nn.Module):
         trainable = slab != "frozen" or self.train_frozen_keys
         return nn.Parameter(torch.zeros(capacity, self.hidden_size), requires_grad=trainable)
 
-    def alive_keys(self, alive: dict[str, int]) -> Tensor:
-        """Keys of the alive experts in slot order, shape (E, H)."""
-        # A slab without spare rows is used whole: one autograd node less, and the very product of the source.
-        parts = [self.keys[s] if self.keys[s].shape[0] == n else self.keys[s][:n] for s, n in alive.items()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
     def logits(self, hidden_TH: Tensor, keys_EH: Tensor) -> Tensor:
         if self.scoring.fp32_logits:
             return F.linear(hidden_TH.type(torch.float32), keys_EH.type(torch.float32))
@@ -83,7 +86,7 @@ class LivingRouter(nn.Module):
             weights_TK: Routing weights.
             index_TK: int64, the chosen experts in slot order.
         """
-        logits_TE = self.logits(hidden_TH, self.alive_keys(population.alive))
+        logits_TE = self.logits(hidden_TH, self.keys(population.alive))
         logits_TA = logits_TE
         if population.tombstone_bias.numel():
             left_TD = self.logits(hidden_TH, population.tombstone_key.to(logits_TE.dtype))

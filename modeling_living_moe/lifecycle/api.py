@@ -82,7 +82,7 @@ class LifecycleMixin:
         """Optimizer steps this model has lived, over all its training runs."""
         life = self._life
         if life._steps is None:
-            life._steps = int(life.lifecycle_steps)
+            life._steps = int(life.clock.steps)
         return life._steps
 
     @property
@@ -259,7 +259,7 @@ class LifecycleMixin:
         config = self.config.lifecycle
         step = self.steps_lived + 1
         self._fold_vitals(step)
-        life.lifecycle_steps.fill_(step)
+        life.clock.steps.fill_(step)
         life._steps = step
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []

@@ -224,6 +224,11 @@ class LayerDraft:
                     f"layer {block.layer}: slab {slab!r} is wrapped by PEFT (target_parameters), so its experts cannot "
                     f"change; merge the adapter first (merge_and_unload), or target only attention."
                 )
+        if edits and any(slot.parameter.is_meta for slot in block.slot_parameters()):
+            raise PopulationError(
+                f"layer {block.layer} is offloaded (device_map), so its experts cannot change; load the model without "
+                f"offload."
+            )
         commits = [self._stage_tables(edits), self._stage_leaves(), self._stage_tombstones()]
         parameters, commit_parameters = self._stage_parameters(edits)
         commits.append(commit_parameters)

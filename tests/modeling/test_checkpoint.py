@@ -150,7 +150,7 @@ A_TENSORS: dict[str, str] = {
     "a delta": "head_delta.up",
     "densities": "model.fields.old_counts",
     "the head": "lm_head.weight",
-    "steps": "model.lifecycle_steps",
+    "steps": "model.clock.steps",
 }
 
 
