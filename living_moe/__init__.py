@@ -14,7 +14,7 @@ if (_root / "setup.cfg").is_file() and (_root / "configuration").is_dir():
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from living_moe.configuration import PRESETS, LivingMoeConfig, LivingMoeError  # noqa: E402
-from living_moe.conversion import convert  # noqa: E402
+from living_moe.conversion import convert, export  # noqa: E402
 from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM, LivingMoeModel  # noqa: E402
 from living_moe.modeling_living_moe.active_experts import register_active_experts  # noqa: E402
 from living_moe.modeling_living_moe.checkpoint import set_card_writer  # noqa: E402
@@ -41,4 +41,5 @@ __all__ = [
     "LivingMoeModel",
     "__version__",
     "convert",
+    "export",
 ]

@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, inspect, train, quickstart, card."""
+"""The `living-moe` command: convert, export, inspect, train, quickstart, card."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--no-verify", action="store_true", help="do not compare logits with the source")
     convert.set_defaults(run=run_convert)
+
+    export = commands.add_parser("export", help="write a uniform living checkpoint as one of its source family")
+    export.add_argument("source", help="living checkpoint's directory or hub id")
+    export.add_argument("target", type=Path, help="directory for the plain checkpoint; must not exist or be empty")
+    export.add_argument("--to", default="auto", help="family to write; the backbone's is the only one (default auto)")
+    export.add_argument(
+        "--field",
+        type=int,
+        default=0,
+        help="whose function: 0 what the source knew, 1 what tokens of the newborn receptive field see (default 0)",
+    )
+    export.add_argument("--no-verify", action="store_true", help="do not compare logits with the living model")
+    export.set_defaults(run=run_export)
 
     inspect = commands.add_parser("inspect", help="show a living checkpoint's populations, parameters and events")
     inspect.add_argument("checkpoint", type=Path)
@@ -107,6 +120,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
         **overrides,
     )
     print(f"living checkpoint written to {arguments.target}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from living_moe.conversion import export
+
+    export(arguments.source, arguments.target, to=arguments.to, field=arguments.field, verify=not arguments.no_verify)
+    print(f"checkpoint written to {arguments.target}")
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
