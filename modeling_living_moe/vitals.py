@@ -72,7 +72,7 @@ class Vitals(KeepsDtype):
         self.pending: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
         self.since_step: Tensor | None = None
-        #: A sample of the last forward's router inputs (S, H) and choices (S, K).
+        #: A sample of the last forward's router inputs (S, H) and choices (S, K); -1 is padding, or dead since.
         self.sample: tuple[Tensor, Tensor] | None = None
 
     steps: Tensor
@@ -115,7 +115,8 @@ class Vitals(KeepsDtype):
         # Every n-th token of all ranks' tokens, so that many processes sample what one would.
         stride = max(1, math.ceil(tokens * world_size() / SAMPLE_ROWS))
         first = -rank() * tokens % stride
-        self.sample = (hidden_TH[first::stride].detach().clone(), index_TK[first::stride].clone())
+        chosen_TK = index_TK if token_mask_T is None else index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
+        self.sample = (hidden_TH[first::stride].detach().clone(), chosen_TK[first::stride].clone())
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
@@ -133,7 +134,8 @@ class Vitals(KeepsDtype):
             self.since_step = moved(self.since_step)
         if self.sample is not None:
             hidden_SH, index_SK = self.sample
-            self.sample = (hidden_SH, torch.tensor(new_index, device=index_SK.device)[index_SK])
+            # The last entry is what -1, a place nobody alive had, leads to.
+            self.sample = (hidden_SH, torch.tensor([*new_index, -1], device=index_SK.device)[index_SK])
 
     @torch.no_grad()
     def fold(self, counts: Tensor, alive: dict[str, int], grad_norms: dict[str, Tensor] | None) -> None:
