@@ -16,6 +16,8 @@ from living_moe.training.data import BlockLoader
 from living_moe.training.loop import LivingTrainer, StepRecord
 from living_moe.training.optimizers import LivingAdamW
 
+#: Optimizer steps of runs in several processes.
+STEPS = 14
 #: A lifecycle that acts every other step.
 BUSY = dict(
     interval=2, warmup_steps=2, cooldown_steps=0, min_age_steps=3, patience=2, split_load=1.3, death_load=0.55,
@@ -29,6 +31,11 @@ def busy_model(
     """A tiny living Mixtral with dropout and jitter, so that a wrong random state shows."""
     overrides = {"attention_dropout": 0.1, "router_jitter_noise": 0.05, **overrides}
     return living_model("mixtral", preset, sections={"lifecycle": {**BUSY, **(lifecycle or {})}}, **overrides)
+
+
+def calm_model(preset: str = "grow") -> LivingMoeForCausalLM:
+    """The same without random numbers in the forward pass, so that many processes can be compared with one."""
+    return busy_model(preset, attention_dropout=0.0, router_jitter_noise=0.0)
 
 
 def blocks(number: int = 48, length: int = 16, seed: int = 5) -> Tensor:
