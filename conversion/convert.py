@@ -74,7 +74,7 @@ def convert(
         ConfigurationError: Unknown preset, section or field.
     """
     target = None if output_dir is None else free_directory(output_dir)
-    loading = {
+    loading: dict[str, Any] = {
         name: overrides.pop(name)
         for name in ("dtype", "revision", "token", "attn_implementation", "experts_implementation")
         if name in overrides
@@ -138,9 +138,10 @@ def load_source(source: str | os.PathLike[str], loading: dict[str, Any]) -> PreT
     family = family_of(config)
     try:
         # Sizes that do not match are reported by name, and refused below.
-        model, info = family.causal_lm_class.from_pretrained(
+        loaded: Any = family.causal_lm_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **loading
         )
+        model, info = loaded
     except Exception as error:  # safetensors, zip, OS and shape errors alike mean: this source cannot be read
         raise ConversionError(f"cannot load {source} as {family.causal_lm_class.__name__}: {error}") from error
     incomplete = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
@@ -148,7 +149,7 @@ def load_source(source: str | os.PathLike[str], loading: dict[str, Any]) -> PreT
         raise ConversionError(
             f"{source} lacks {len(incomplete)} tensors of its architecture: {', '.join(incomplete[:8])}."
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: bool) -> LivingMoeForCausalLM:
@@ -193,7 +194,7 @@ def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: boo
     living.tie_weights()
     living.apply_trainability()
     living.generation_config = copy.deepcopy(source.generation_config)
-    return living.eval()  # type: ignore[no-any-return]
+    return living.eval()
 
 
 def name_here_outside(name: str) -> str:

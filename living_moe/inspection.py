@@ -125,7 +125,7 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
     table = Table(title="Parameters")
     for column in ("total", "active per token", "trainable"):
         table.add_column(column, justify="right")
-    table.add_row(*(f"{counts[key]:,}" for key in ("total", "active", "trainable")))  # type: ignore[literal-required]
+    table.add_row(*(f"{counts[key]:,}" for key in ("total", "active", "trainable")))
     console.print(table)
     if not inspection.lineage:
         console.print("Lineage: no event has happened.")

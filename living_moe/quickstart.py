@@ -344,7 +344,7 @@ class JumpMeter:
         self.seconds = 0.0
         self._step: Callable[..., list[LifecycleEvent]] = model.lifecycle_step
         self._first = model.steps_lived
-        model.lifecycle_step = self  # type: ignore[method-assign,assignment]
+        model.lifecycle_step = self  # type: ignore[method-assign]
 
     def stop(self) -> None:
         del self.model.lifecycle_step
@@ -429,7 +429,7 @@ def check_reload(
     console: Console,
 ) -> None:
     """Load what was saved, compare logits, and let it write."""
-    loaded = AutoModelForCausalLM.from_pretrained(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path)
     living.eval()
     prompt = domains[1].held_out[:1, :24]
     same = torch.equal(loaded(input_ids=prompt).logits, living(input_ids=prompt).logits)

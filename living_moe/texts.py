@@ -29,10 +29,11 @@ def standard_library() -> list[Path]:
 def documentation(limit: int) -> str:
     """English prose: the interpreter's help topics and its library's longer docstrings, up to `limit` characters."""
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data import topics
     except ImportError:  # some distributions split it off
-        topics = {}
-    parts = [topics[name] for name in sorted(topics)]
+        parts = []
+    else:
+        parts = [topics.topics[name] for name in sorted(topics.topics)]
     for file in standard_library():
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -88,10 +88,10 @@ class LivingBackbone:
             ]
             attach_deltas(layer, names, rank, NUM_FIELDS)
         for layer in self.layers:  # type: ignore[attr-defined]
-            layer.__class__ = living_layer_class(type(layer))
+            layer.__class__ = living_layer_class(type(layer))  # type: ignore[arg-type]
         # What a family keeps in fp32 may have gone with its blocks; our tables have dtypes of their own.
         names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]  # type: ignore[attr-defined]
-        wanted = type(self)._keep_in_fp32_modules_strict or ()  # type: ignore[attr-defined]
+        wanted: Any = getattr(type(self), "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = [part for part in wanted if any(part in name for name in names)]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -165,7 +165,7 @@ def __getattr__(name: str) -> type:
         for family in FAMILIES.values():
             source = getattr(sys.modules[family.model_class.__module__], name.removeprefix("Living"), None)
             if isinstance(source, type) and issubclass(source, PreTrainedModel):
-                return living_backbone_class(source)
+                return living_backbone_class(source)  # type: ignore[arg-type]
             if isinstance(source, type) and issubclass(source, nn.Module):
-                return living_layer_class(source)
+                return living_layer_class(source)  # type: ignore[arg-type]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,7 +36,7 @@ from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveF
 from living_moe.modeling_living_moe.router import load_balancing_loss
 
 
-class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel):
+class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel):  # type: ignore[misc]
     """Base of the living models: Transformers' contract, the population's API, strict checkpoints."""
 
     config: LivingMoeConfig
@@ -60,7 +60,7 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel)
             init.zeros_(module.steps)
 
     @property
-    def living_blocks(self) -> list[LivingMoeBlock]:
+    def living_blocks(self) -> list[LivingMoeBlock]:  # type: ignore[override]
         """The living layers' blocks, by layer number."""
         return [module for module in self.modules() if isinstance(module, LivingMoeBlock)]
 
@@ -90,8 +90,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
 
     def __init__(self, config: LivingMoeConfig):
         super().__init__(config)
-        backbone_class = living_backbone_class(family_of(config.backbone_config).model_class)
-        self.backbone = backbone_class(config)  # type: ignore[arg-type]
+        backbone_class = living_backbone_class(family_of(config.backbone_config).model_class)  # type: ignore[arg-type]
+        self.backbone = backbone_class(config)
         self.fields = (
             ReceptiveFields(config.receptive_field, config.backbone_config.vocab_size, NUM_FIELDS)
             if config.receptive_field.enabled
@@ -213,10 +213,12 @@ def real_tokens(attention_mask: Tensor | dict[str, Tensor] | None, length: int, 
     return own if own.dtype == torch.bool else own == 0
 
 
-class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
+class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A living model with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
+    #: Comparison with the source, on models that `living_moe.convert` has just made.
+    graft_verification: Any = None
 
     def __init__(self, config: LivingMoeConfig):
         super().__init__(config)
@@ -334,7 +336,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):
         top_k = blocks[0].router.scoring.top_k
         if len(counts) == 1 and all(block.population.is_fresh for block in blocks):
             # Until the first event the source's own loss, which pools the layers before it multiplies.
-            return load_balancing_loss_func(router_logits, counts.pop(), top_k, context.token_mask)
+            pooled: Any = load_balancing_loss_func  # typed for one layer
+            return pooled(router_logits, counts.pop(), top_k, context.token_mask)
         losses = [field_balance(context, block.layer).to(router_logits[0].device) for block in blocks]
         return torch.stack(losses).mean()
 

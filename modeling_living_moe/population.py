@@ -303,7 +303,8 @@ class Population(KeepsDtype):
                 for row, values in enumerate(zip(*columns, strict=True)):
                     if values[0] < 0:
                         break
-                    members.append(Member(*values, slab, row, len(members)))
+                    uid, clade, field, group, parent, born = values
+                    members.append(Member(uid, clade, field, group, parent, born, slab, row, len(members)))
             self._members = members
         return self._members
 

@@ -35,7 +35,7 @@ def reference_expert(block: LivingMoeBlock, member: Member, hidden: Tensor) -> T
 def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[tuple[Tensor, Member]]:
     """The chosen experts of one token with their weights."""
     rule, population = block.router.scoring, block.population
-    known = [*population.members, *population.tombstones]
+    known: list[Member | Tombstone] = [*population.members, *population.tombstones]
     clades = dict.fromkeys(a.clade for a in known if a.field in (ROOT_FIELD, field))
     addresses = [reference_address(block, hidden, clade, field) for clade in clades]
     servers = [reference_server(block, address) for address in addresses]
@@ -73,7 +73,8 @@ def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[t
 def reference_address(block: LivingMoeBlock, hidden: Tensor, clade: int, field: int) -> Member | Tombstone:
     """By which address a token sees a clade: its field's, else the root's; among several, by the facets."""
     population = block.population
-    family = [a for a in (*population.members, *population.tombstones) if a.clade == clade]
+    known: list[Member | Tombstone] = [*population.members, *population.tombstones]
+    family = [address for address in known if address.clade == clade]
     cell = [a for a in family if a.field == field] or [a for a in family if a.field == ROOT_FIELD]
     if len(cell) == 1:
         return cell[0]

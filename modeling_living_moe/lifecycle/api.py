@@ -46,7 +46,7 @@ class LifecycleMixin:
 
     @property
     def _life(self) -> LivingMoeModel:
-        return self.base_model  # type: ignore[attr-defined,no-any-return]
+        return self.base_model  # type: ignore[attr-defined]
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

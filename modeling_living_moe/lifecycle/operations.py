@@ -392,7 +392,7 @@ def part(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) 
         raise PopulationError(f"layer {block.layer}: expert uid {uid} shares its clade with nobody; nothing to part.")
     uids = tuple(m.uid for m in cell)
     draft = LayerDraft(block, around.experts)
-    # One keeps the clade's name, and with it any newborns in other fields: the root, whose uid the name is, if it lives.
+    # One keeps the clade's name, and with it newborns in other fields: the root, whose uid the name is, if it lives.
     heir = next((other for other in cell if other.uid == member.clade), cell[0])
     for other in cell:
         draft.row(other.uid).clade = member.clade if other is heir else other.uid

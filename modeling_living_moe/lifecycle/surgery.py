@@ -167,7 +167,8 @@ class LayerDraft:
     def cells(self) -> list[list[int]]:
         """Uids of addresses per (clade, field)."""
         cells: dict[tuple[int, int], list[int]] = {}
-        for address in (*(row for rows in self.slabs.values() for row in rows), *self.tombstones):
+        addresses: list[DraftRow | DraftTombstone] = [row for rows in self.slabs.values() for row in rows]
+        for address in [*addresses, *self.tombstones]:
             cells.setdefault((address.clade, address.field), []).append(address.uid)
         return list(cells.values())
 
@@ -277,7 +278,12 @@ class LayerDraft:
                 staged.append(ParameterEdit(block.layer, slab, role, before, new.get(role), siblings, of_role))
             if edit.capacity_after != edit.capacity_before:
                 commits.append(lambda slab=slab, new=new, edit=edit: self._replace(slab, new, edit))  # type: ignore[misc]
-        return staged, lambda: [commit() for commit in commits] and None
+
+        def commit_all() -> None:
+            for commit in commits:
+                commit()
+
+        return staged, commit_all
 
     def _row_value(self, siblings: dict[str, nn.Parameter], role: str, slab: str, number: int) -> Tensor | None:
         """Contents of a new row, or None for a cleared one."""

@@ -1,8 +1,8 @@
 """Split the overloaded, adapt the frozen that are in demand, remove the starved.
 
-Loads are multiples of a uniform share: of the clades for overload, of the experts for starvation. An expert must be over (or under) its threshold for `patience` decisions in a
-row; newborns are immune until `min_age_steps`. A newborn halves its parent's load, so with `split_load` above twice
-`death_load` a split never makes a candidate for death.
+Loads are multiples of a uniform share: of the clades for overload, of the experts for starvation. An expert must be
+over (or under) its threshold for `patience` decisions in a row; newborns are immune until `min_age_steps`. A newborn
+halves its parent's load, so with `split_load` above twice `death_load` a split never makes a candidate for death.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
         rows[slab] = {name: getattr(table, name).tolist() for name in columns}
     has_fields = block.num_fields > 0
     population = block.population
-    # Shares are of the experts that a field's tokens can reach, not of those its newborns replace. A split does not move
-    # tokens between clades, so overload is measured against a clade's uniform share: that stays where it is while
+    # Shares are of the experts that a field's tokens can reach, not of those its newborns replace. A split does not
+    # move tokens between clades, so overload is measured against a clade's uniform share: that stays where it is while
     # the population grows, and growth ends when every member's part is small enough.
     fields = {member.field for member in population.members}
     reachable = {field: population.reachable(field) for field in fields}
