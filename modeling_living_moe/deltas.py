@@ -70,6 +70,17 @@ class FieldDelta(nn.Module):
         init.normal_(self.down, mean=0.0, std=self.down.shape[-1] ** -0.5)
         init.zeros_(self.up)
 
+    @torch.no_grad()
+    def resize_output(self, out_features: int) -> None:
+        """Follow a linear map that changed its number of outputs; the delta of a new output is zero."""
+        old = self.up
+        if old.shape[1] == out_features:
+            return
+        kept = min(old.shape[1], out_features)
+        up = old.new_zeros(old.shape[0], out_features, old.shape[2])
+        up[:, :kept] = old[:, :kept]
+        self.up = nn.Parameter(up, requires_grad=old.requires_grad)
+
     def forward(self, x: Tensor, out: Tensor, field_index: Tensor) -> Tensor:
         """Add to `out` the update of each token's field.
 

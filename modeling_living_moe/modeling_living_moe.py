@@ -59,6 +59,17 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel)
         if isinstance(module, Clock):
             init.zeros_(module.steps)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As Transformers'. Densities and the head's delta follow: new tokens are unseen, and no delta changes them."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        vocab_size = embeddings.weight.shape[0]
+        fields, head_delta = self._life.fields, getattr(self, "head_delta", None)
+        if fields is not None and fields.vocab_size != vocab_size:
+            fields.resize_vocab(vocab_size)
+        if head_delta is not None:
+            head_delta.resize_output(vocab_size)
+        return embeddings
+
     @property
     def living_blocks(self) -> list[LivingMoeBlock]:  # type: ignore[override]
         """The living layers' blocks, by layer number."""
@@ -185,12 +196,6 @@ class LivingMoeModel(LivingMoePreTrainedModel):
                 "this model has no receptive fields; set receptive_field.enabled (preset frozen-graft)."
             )
         self.fields.calibrate(token_ids)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.fields is not None:
-            self.fields.resize_vocab(embeddings.weight.shape[0])
-        return embeddings
 
 
 def real_tokens(attention_mask: Tensor | dict[str, Tensor] | None, length: int, past: int) -> Tensor | None:

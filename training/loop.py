@@ -171,7 +171,7 @@ class LivingTrainer:
             tokens += batch["input_ids"].numel() * world_size()
             last = number == self.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(**batch).loss
+                loss = self.wrapped(**batch, use_cache=False).loss
                 self.accelerator.backward(loss)
             detached = loss.detach().float()
             total = detached if total is None else total + detached

@@ -2,6 +2,10 @@
 
     accelerate launch -m living_moe.training.train --model MODEL --data-files text.txt --output-dir run
     python -m living_moe.training.train --config run.yaml --lifecycle.interval 5
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m living_moe.training.train ...
+
+The last form starts several processes on a machine without GPUs, where `accelerate launch --num_processes 2` alone
+starts one and says nothing. The script says in how many processes it trains.
 
 `--model` is a living checkpoint, or a source checkpoint that is grafted first. Text comes from the hub or from local
 files; checkpoints resume as the same run. What was trained on and what was measured goes into the model's provenance,
@@ -11,7 +15,8 @@ which its card tells. `python -m living_moe.training.train --help` lists every a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers.utils import logging
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError, LivingMoeError, TrainingError
@@ -88,8 +94,9 @@ def train(arguments: TrainArguments) -> Run:
         world_size=accelerator.num_processes,
     )
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
+        # The newer name of the two; Transformers before it had the older only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     place: nn.Module = model
     place.to(accelerator.device)
     if resumed is None:
@@ -111,6 +118,8 @@ def train(arguments: TrainArguments) -> Run:
         max_steps=arguments.max_steps,
         max_grad_norm=arguments.max_grad_norm,
     )
+    # Up to here every process drew the same numbers; dropout is each one's own.
+    set_seed(arguments.seed, device_specific=True)
     if resumed is not None:
         trainer.resume(resumed)
         say(f"resuming {resumed} at step {trainer.step}")
@@ -144,11 +153,12 @@ def train(arguments: TrainArguments) -> Run:
 
     trainer.hooks = [lambda _, record: losses.append(record.loss), progress, log, evaluate_now, save_now]
     say(
-        f"training on {name}: {blocks.num_tokens:,} tokens in {len(blocks):,} blocks of {blocks.block_size}; experts "
-        f"{model.expert_counts}"
+        f"training in {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {name}: "
+        f"{blocks.num_tokens:,} tokens in {len(blocks):,} blocks of {blocks.block_size}; experts {model.expert_counts}"
     )
     try:
-        trainer.run()
+        with quiet_saving():
+            trainer.run()
     finally:
         progress.close()
 
@@ -176,6 +186,18 @@ def say_on(accelerator: Accelerator) -> Callable[[str], None]:
             print(line, file=sys.stderr, flush=True)
 
     return say
+
+
+@contextmanager
+def quiet_saving() -> Iterator[None]:
+    """Transformers shows a bar for every save; it would tear ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resume_directory(arguments: TrainArguments) -> Path | None:
@@ -216,7 +238,8 @@ def build_tokenizer(arguments: TrainArguments, resumed: Path | None) -> PreTrain
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(f"cannot load a tokenizer from {source} ({error}); name one with --tokenizer.") from error
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"cannot load a tokenizer from {source} ({reason}); name one with --tokenizer.") from error
     return tokenizer
 
 

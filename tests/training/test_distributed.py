@@ -1,0 +1,82 @@
+"""Two processes (gloo) are one: through splits, deaths and slab growth, resumed, diverging, and under Trainer.
+
+Two processes are started once, train through all scenarios, and write what they saw.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import STEPS, blocks, build, calm_model
+
+from living_moe.training.data import BlockLoader
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """What rank 0 and rank 1 saw of every scenario in two_processes.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("preset", ["grow", "frozen-graft"])
+def test_two_processes_are_one_process_with_their_global_batch(preset: str, ranks: list[Seen]) -> None:
+    alone = build(calm_model(preset), data=BlockLoader(blocks(), 8, seed=3), max_steps=STEPS)
+    alone.run()
+    first, second = (seen[preset] for seen in ranks)
+    assert first == second, "the ranks have parted"
+    assert first["losses"] == pytest.approx([record.loss for record in alone.records], abs=1e-5)
+    lineage = [(event.kind, event.step, event.layer, event.parents, event.children) for event in alone.model.lineage]
+    assert [
+        (e["kind"], e["step"], e["layer"], tuple(e["parents"]), tuple(e["children"])) for e in first["lineage"]
+    ] == (lineage)
+    happened = {event.kind for event in alone.model.lineage}
+    assert happened >= ({"split", "death", "grow"} if preset == "grow" else {"split", "grow"})
+    assert first["capacities"] == [block.capacities() for block in alone.model.living_blocks]
+    assert first["resumed_is_the_same"]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_both_before_the_step(ranks: list[Seen]) -> None:
+    first, second = (seen["diverge"] for seen in ranks)
+    assert first == second
+    assert first["kind"] == "TrainingDivergedError" and first["step"] == 2
+    assert "step 3: the loss is nan" in first["error"] and "layer 1: " in first["error"]
+
+
+def test_trainer_re_wraps_a_model_that_grows(ranks: list[Seen]) -> None:
+    first, second = (seen["trainer"] for seen in ranks)
+    assert first == second
+    assert {kind for _, kind in first["events"]} >= {"split", "grow"}
+    assert first["resumed_is_the_same"]
