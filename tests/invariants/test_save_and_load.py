@@ -146,7 +146,7 @@ def test_shards_are_taken_up_one_by_one_in_any_order(family: str, preset: str, t
     model = lived(family, preset)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 4
+    assert len(shards) > 2
     for order in (shards[::-1], shards[::2] + shards[1::2]):
         other = fresh(family, preset)
         for shard in order:
