@@ -145,8 +145,10 @@ class Vitals(KeepsDtype):
         """
         # A running mean until the window is full, so that early averages are not biased towards zero.
         learn = 1.0 - torch.clamp(self.steps / (self.steps + 1.0), max=self.decay).float()
-        total = counts[0].sum().clamp_min(1.0)
-        uniform = counts.shape[1] / total
+        total = counts[0].sum()
+        # A step without any token (a model trained in evaluation mode, say) is no evidence that all are starving.
+        learn = learn * (total > 0)
+        uniform = counts.shape[1] / total.clamp_min(1.0)
         first = 0
         for slab, count in alive.items():
             table = self.table(slab)
@@ -162,7 +164,7 @@ class Vitals(KeepsDtype):
             table.age[:count] += 1
             table.tokens[:count] += received.long()
             first += count
-        self.steps += 1
+        self.steps += total > 0
 
 
 def row_norms(parameters: list[nn.Parameter], count: int) -> Tensor | None:

@@ -271,6 +271,7 @@ class LifecycleMixin:
                 experts=len(block.population.members),
                 top_k=block.router.scoring.top_k,
                 steps_since_event=step - int(block.vitals.last_event),
+                births={m.uid: (m.parent, step - m.born) for m in block.population.members if m.parent >= 0},
             )
             for block in blocks
         ]

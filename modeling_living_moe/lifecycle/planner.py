@@ -6,7 +6,8 @@ deterministic order. Applies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from living_moe.configuration.sections import LifecycleConfig
@@ -26,11 +27,23 @@ class Proposal:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the limits of one layer depend on."""
+    """What the limits of one layer depend on.
+
+    Attributes:
+        births: uid -> (parent, steps since its birth) of the newborns alive.
+    """
 
     experts: int
     top_k: int
     steps_since_event: int
+    births: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def are_young_siblings(self, first: int, second: int, bar: int) -> bool:
+        """Whether one was born of the other, or both of one parent, less than `bar` steps ago."""
+        (parent, age), (other_parent, other_age) = (self.births.get(uid, (-1, bar)) for uid in (first, second))
+        if parent == other_parent >= 0:
+            return min(age, other_age) < bar
+        return (parent == second and age < bar) or (other_parent == first and other_age < bar)
 
 
 @dataclass
@@ -82,6 +95,9 @@ def _fits(proposal: Proposal, state: LayerState, config: LifecycleConfig, budget
             budget.splits_by_memory -= 1
         budget.experts[proposal.layer] += 1
     elif proposal.kind in ("death", "merge"):
+        bar = config.sibling_merge_bar_steps
+        if any(state.are_young_siblings(*pair, bar) for pair in itertools.combinations(proposal.uids, 2)):
+            return False
         lost = len(proposal.uids) - (proposal.kind == "merge")
         floor = config.min_experts if config.min_experts is not None else state.top_k + 1
         if count - lost < floor:

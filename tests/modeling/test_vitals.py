@@ -30,7 +30,7 @@ def test_evaluation_and_generation_leave_no_trace(preset: str) -> None:
     model.lifecycle_step()
     after = state(model)
     counted = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.rpartition(".")[2] for name in counted} == {"age", "steps"}, "only time has passed"
+    assert {name.rpartition(".")[2] for name in counted} == {"age"}, "only time has passed"
     assert all(block.vitals.sample is None for block in model.living_blocks)
 
 
@@ -107,6 +107,17 @@ def test_averages_are_running_means_until_their_window_is_full() -> None:
         expected = sum(seen) / len(seen) if step < 4 else 0.75 * expected + 0.25 * share
         assert float(vitals.table("trainable").load[0]) == pytest.approx(expected, abs=1e-6)
     assert int(vitals.steps) == 6
+
+
+def test_steps_without_a_token_are_no_evidence() -> None:
+    vitals = Vitals({"trainable": 2}, decay=0.5)
+    counts = torch.tensor([[1.0, 3.0], [1.0, 3.0], [0.0, 1.0]], dtype=torch.float64)
+    vitals.fold(counts, {"trainable": 2}, None)
+    before = {name: value.clone() for name, value in vitals.table("trainable").named_buffers()}
+    for _ in range(3):
+        vitals.fold(torch.zeros_like(counts), {"trainable": 2}, None)
+    after = dict(vitals.table("trainable").named_buffers())
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"age"}
 
 
 def test_routing_weight_is_the_mean_over_received_tokens_and_waits_where_there_are_none() -> None:
