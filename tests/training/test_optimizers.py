@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
+from transformers import MixtralConfig, MixtralForCausalLM
 
+import living_moe
 from living_moe.configuration.errors import OptimizerError
 from living_moe.training import malloc
 from living_moe.training.malloc import tune_malloc
@@ -393,6 +395,55 @@ def test_accelerate_prepares_it() -> None:
         changed = (model.layers[0].key != before).any(dim=1).tolist()
         assert changed == ([False] * 5 if seed == 0 else [False, True, False, True, False])
     assert not accelerator.optimizer_step_was_skipped
+
+
+def stock_mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=6, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def gradient_norms(
+    model: nn.Module, optimizer: torch.optim.Optimizer, events: dict[int, tuple[str, int]]
+) -> list[float]:
+    """Total norms over 20 steps of two micro-batches each, clipped; every step depends on all updates before it."""
+    generator = torch.Generator().manual_seed(1)
+    norms = []
+    for step in range(20):
+        for tokens in torch.randint(64, (2, 2, 16), generator=generator):
+            (model(tokens, labels=tokens).loss / 2).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        if step in events:
+            kind, uid = events[step]
+            getattr(model, f"{kind}_expert")(0, uid, optimizer=optimizer)
+        optimizer.zero_grad()
+    return norms
+
+
+def test_a_living_mixtral_trains_as_the_stock_one_with_torchs_adamw() -> None:
+    stock = stock_mixtral()
+    living = living_moe.convert(stock, preset="grow", verify=False).train()
+    plain = [
+        {"params": [p for p in stock.parameters() if p.ndim > 1]},
+        {"params": [p for p in stock.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    theirs = gradient_norms(stock.train(), torch.optim.AdamW(plain, lr=3e-3, fused=True), {})
+    assert gradient_norms(living, LivingAdamW(living, lr=3e-3), {}) == theirs
+
+
+def test_direct_gradients_change_nothing_through_a_life() -> None:
+    stock = stock_mixtral()
+    events = {3: ("split", 0), 6: ("split", 1), 9: ("freeze", 2), 12: ("remove", 3), 15: ("thaw", 2)}
+    norms = []
+    for direct in (False, True):
+        living = living_moe.convert(stock, preset="grow", verify=False).train()
+        living.set_experts_implementation("active")
+        norms.append(gradient_norms(living, LivingAdamW(living, lr=3e-3, direct_gradients=direct), events))
+        assert living.expert_counts == [7, 6]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_malloc_is_tuned_on_glibc_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
