@@ -84,7 +84,7 @@ def reference_address(block: LivingMoeBlock, hidden: Tensor, clade: int, field: 
         if leaf.uid in of_uid:
             sides = []
             for facet, side in leaf.path:
-                height = hidden.float() @ population.facet_normal[facet] + population.facet_offset[facet]
+                height = hidden.detach().float() @ population.facet_normal[facet] + population.facet_offset[facet]
                 sides.append((1 if float(height) >= 0 else -1) == side)
             if all(sides):
                 satisfied.append(of_uid[leaf.uid])
