@@ -59,7 +59,12 @@ class FieldGate:
     _any_open: bool | None = None
 
     def any_open(self) -> bool:
-        """Whether some token is outside the root field; reads the device once and remembers the answer."""
+        """Whether some token is outside the root field; reads the device once and remembers the answer.
+
+        Always True in a graph being compiled or exported, which a branch on the data would break.
+        """
+        if torch.compiler.is_compiling():
+            return True
         if self._any_open is None:
             self._any_open = bool((self.index > 0).any())
         return self._any_open
