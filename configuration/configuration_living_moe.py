@@ -80,6 +80,10 @@ _DENSE_DEFAULTS: dict[str, Any] = {"num_experts_per_tok": 1, "output_router_logi
 _MIRRORED = ("dtype", "output_hidden_states", "_output_attentions")
 
 
+#: Fields of the backbone that PEFT reads from a config's dict.
+_SHOWN_TO_PEFT = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
 class LivingMoeConfig(PreTrainedConfig):
     """Configuration of `LivingMoeModel` and `LivingMoeForCausalLM`.
 
@@ -405,18 +409,21 @@ class LivingMoeConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, sections as dicts.
 
-        `tie_word_embeddings` is shown on top although it is the backbone's: PEFT looks for it there before it merges.
+        A few fields are shown on top although they are the backbone's: PEFT looks for them there, before it merges and
+        to size prompts and prefixes.
         """
         output = super().to_dict()
         for name in SECTIONS:
             output[name] = getattr(self, name).to_dict()
         output["tie_word_embeddings"] = bool(getattr(self, "tie_word_embeddings", False))
+        output.update({name: getattr(self, name) for name in _SHOWN_TO_PEFT if hasattr(self, name)})
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What goes to config.json: like `to_dict`, less the defaults of Transformers, and every fact once."""
         output = super().to_diff_dict()
-        del output["tie_word_embeddings"]
+        for name in ("tie_word_embeddings", *_SHOWN_TO_PEFT):
+            output.pop(name, None)
         return output
 
     def __eq__(self, other: object) -> bool:

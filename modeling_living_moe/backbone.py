@@ -94,6 +94,10 @@ class LivingBackbone:
         wanted: Any = getattr(type(self), "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = [part for part in wanted if any(part in name for name in names)]
         self.post_init()  # type: ignore[attr-defined]
+        # The family's plans shard its experts. Surgery works on whole tensors, so ours are not sharded, and neither are
+        # the maps whose outputs a delta adds to.
+        self._tp_plan: dict[str, str] = {}
+        self._ep_plan: dict[str, str] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -140,7 +140,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         """
         context = living_context
         if context is None:
-            context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
+            context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
@@ -165,6 +165,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         attention_mask: Tensor | dict[str, Tensor] | None,
         past_key_values: Cache | None,
         inputs_embeds: Tensor | None,
+        position_ids: Tensor | None = None,
     ) -> ForwardContext:
         """Which tokens are padding, and which field each token is in."""
         given = input_ids if input_ids is not None else inputs_embeds
@@ -177,7 +178,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         gate: FieldGate | None = None
         if self.fields is not None:
             ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
-            gate = self.fields(ids, mask, history)
+            gate = self.fields(ids, mask, history, position_ids)
             if self.training and input_ids is not None:
                 self.fields.observe(input_ids, mask)
         return ForwardContext(gate, mask, observe=self.training)
@@ -245,6 +246,19 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         """See `LivingMoeModel.calibrate`."""
         self.model.calibrate(token_ids)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'. It packs many texts into a row, where receptive fields cannot tell whose evidence is whose.
+
+        Raises:
+            ConfigurationError: The model has receptive fields.
+        """
+        if self.model.fields is not None:
+            raise ConfigurationError(
+                "receptive_field.enabled is True: continuous batching keeps no evidence per request, so fields would "
+                "open and close by the texts of others; use `generate`, which takes batches too."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -274,7 +288,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             output_router_logits = bool(self.config.output_router_logits)
         z_loss_coef = self.config.router.z_loss_coef
         want_logits = output_router_logits or (z_loss_coef > 0 and labels is not None)
-        context = self.model.read_context(input_ids, attention_mask, past_key_values, inputs_embeds)
+        context = self.model.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
         context.keep_choices = output_router_logits
         outputs = self.model(
             input_ids=input_ids,

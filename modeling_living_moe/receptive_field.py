@@ -136,7 +136,13 @@ class ReceptiveFields(nn.Module):
         self._tables = None
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, history: Tensor | None = None) -> FieldGate:
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        history: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> FieldGate:
         """The field of each token.
 
         Args:
@@ -144,6 +150,8 @@ class ReceptiveFields(nn.Module):
             mask: (B, T), zero or False for padding, which neither adds evidence nor lets it decay; None is no padding.
             history: (B, P, F), the evidence of the tokens before these (`evidence_history`); None when these are the
                 first.
+            position_ids: int (B, T) or (1, T). A token at position 0 begins a text of its own (texts packed into one
+                row), so no evidence reaches it from before; None is one text per row.
 
         Returns:
             The gate, on the device of the counts. Token by token, chunk by chunk and all at once give the same evidence
@@ -162,6 +170,8 @@ class ReceptiveFields(nn.Module):
             return FieldGate(torch.ones_like(ids, dtype=torch.int64), evidence, ids.numel() > 0)
         keep = torch.full(ids.shape, self.decay, dtype=dtype, device=device)
         added = self._ratios(ids, tables.log_ratio) * (1 - self.decay)
+        if position_ids is not None:
+            keep = torch.where(position_ids.to(device) == 0, 0.0, keep)
         if mask is not None:
             real = mask.to(device).bool()
             keep = torch.where(real, keep, 1.0)
