@@ -100,7 +100,7 @@ class LivingMoeConfig(PreTrainedConfig):
         format_version: Of the checkpoint; newer than `FORMAT_VERSION` is refused.
         preset: Name of the preset the sections came from: a record, read by nobody.
         populations: One dict per living layer, from slab name ("frozen", "trainable") to its number of experts, each
-            > 0; a slab without experts is left out. Layers whose clades have split also hold "facets" and "leaves",
+            > 0; a slab without experts is left out. Layers with a past also hold "facets", "leaves" and "tombstones",
             the sizes of those tables. None until a model fills it.
         router, experts, vitals, receptive_field, lifecycle: The sections (see sections.py), as an instance (kept as
             one) or a dict of the fields that differ from the defaults.
