@@ -66,7 +66,9 @@ def latest_checkpoint(output_dir: str | Path) -> Path:
     """
     found = checkpoints(output_dir)
     if not found:
-        raise CheckpointError(f"{output_dir} has no complete checkpoint to resume from.")
+        raise CheckpointError(
+            f"{output_dir} has no complete checkpoint to resume from; leave resume_from out to start."
+        )
     return found[-1]
 
 

@@ -257,13 +257,14 @@ def read_blocks(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     *,
+    split: str = "train",
     text_column: str = "text",
     append_eos: bool | None = None,
 ) -> TokenBlocks:
     """Blocks of local files: `load_text`, then `tokenize`."""
     files = expand(data_files)
     lines = all(Path(file).suffix.lower() == ".txt" for file in files)
-    rows = load_text(data_files=files)
+    rows = load_text(data_files=files, split=split)
     return tokenize(rows, tokenizer, block_size, text_column=text_column, append_eos=append_eos, lines=lines)
 
 

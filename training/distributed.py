@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -94,12 +96,19 @@ def rewrap(wrapper: DistributedDataParallel) -> None:
     settings["bucket_cap_mb"] = None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20
     # Ranks hold equal tensors, which lifecycle_step has compared, so nothing is broadcast.
     settings |= {"init_sync": False, "broadcast_buffers": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    with quiet_wrapping():
         DistributedDataParallel.__init__(wrapper, model, **settings)
     wrapper.training = model.training
     for hook, state in hooks:
         wrapper.register_comm_hook(state, hook)
+
+
+@contextmanager
+def quiet_wrapping() -> Iterator[None]:
+    """torch 2.13 calls `broadcast_buffers=False` deprecated; its successor is unknown to the versions before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        yield
 
 
 def find_wrapper(model: nn.Module) -> DistributedDataParallel | None:
@@ -115,4 +124,4 @@ def find_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     return None
 
 
-__all__ = ["WrapperKeeper", "data_parallel_of", "find_wrapper", "rewrap"]
+__all__ = ["WrapperKeeper", "data_parallel_of", "find_wrapper", "quiet_wrapping", "rewrap"]

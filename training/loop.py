@@ -35,7 +35,7 @@ from living_moe.training.checkpointing import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from living_moe.training.distributed import WrapperKeeper
+from living_moe.training.distributed import WrapperKeeper, quiet_wrapping
 
 #: Ways of sharding parameters under which events cannot replace them.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -84,7 +84,9 @@ def living_accelerator(*, gradient_accumulation: int = 1, **kwargs: Any) -> Acce
         gradient_accumulation: Forward passes per optimizer step.
         **kwargs: For `Accelerator`.
     """
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), *kwargs.pop("kwargs_handlers", [])]
+    handlers = list(kwargs.pop("kwargs_handlers", None) or [])
+    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
+        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
     return Accelerator(gradient_accumulation_steps=gradient_accumulation, kwargs_handlers=handlers, **kwargs)
 
 
@@ -136,7 +138,8 @@ class LivingTrainer:
         self.lives = hasattr(model, "lifecycle_step")
         # accelerate's wrapper steps the gradient scaler of fp16; param groups and state stay the optimizer's own.
         self._stepper = self.accelerator.prepare_optimizer(optimizer)
-        self.wrapped = self.accelerator.prepare_model(model)
+        with quiet_wrapping():
+            self.wrapped = self.accelerator.prepare_model(model)
         self._keeper = WrapperKeeper(model, self.wrapped)
 
     @property
@@ -176,11 +179,7 @@ class LivingTrainer:
             detached = loss.detach().float()
             total = detached if total is None else total + detached
         assert total is not None
-        grad_norm = None
-        if self.max_grad_norm:
-            grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        loss_value, norm_value = self._require_finite(total / self.accumulation, grad_norm)
-
+        loss_value, norm_value = self._clip(total / self.accumulation)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self._stepper.step()
         events: list[LifecycleEvent] = []
@@ -206,16 +205,33 @@ class LivingTrainer:
             events=tuple(events),
         )
 
-    def _require_finite(self, loss: Tensor, grad_norm: Tensor | None) -> tuple[float, float | None]:
-        """Mean loss over ranks and the gradient norm, as floats; all ranks raise together if they are no numbers."""
-        mean = sum_over_ranks(loss / world_size())
-        scaled = self.accelerator.scaler is not None  # fp16 looks for overflown gradients itself, and skips the step
-        numbers = [mean] if grad_norm is None else [mean, grad_norm.to(mean.device, mean.dtype)]
-        values = torch.stack(numbers).tolist()
-        if not all(math.isfinite(value) for value in (values[:1] if scaled else values)):
+    def _clip(self, loss: Tensor) -> tuple[float, float | None]:
+        """Clip gradients; all ranks raise together if the loss or the gradient is no number.
+
+        Args:
+            loss: Mean over this rank's micro-batches.
+
+        Returns:
+            Mean loss over ranks, and the gradient's norm before clipping (None where nothing clips).
+        """
+        numbers = [sum_over_ranks(loss / world_size())]
+        grads: list[Tensor] = []
+        if self.max_grad_norm:
+            self.accelerator.unscale_gradients()
+            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            numbers.append(torch.nn.utils.get_total_norm(grads).to(loss.device, loss.dtype))
+        values: list[float] = torch.stack(numbers).tolist()
+        # fp16 looks for overflown gradients itself, and skips the step.
+        checked = values if self.accelerator.scaler is None else values[:1]
+        if not all(math.isfinite(value) for value in checked):
             what = f"the loss is {values[0]}" if not math.isfinite(values[0]) else f"the gradient's norm is {values[1]}"
             raise TrainingDivergedError(diverged_message(self.step + 1, what, self.model, self.last_checkpoint))
-        return values[0], values[1] if grad_norm is not None else None
+        if not self.max_grad_norm:
+            return values[0], None
+        # As torch's `clip_grad_norm_`, less the pass over all gradients that would multiply them by one.
+        if (shrink := self.max_grad_norm / (values[1] + 1e-6)) < 1:
+            torch._foreach_mul_(grads, shrink)
+        return values[0], values[1]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -83,9 +83,10 @@ def train(arguments: TrainArguments) -> Run:
 
     model = build_model(arguments, resumed)
     tokenizer = build_tokenizer(arguments, resumed)
+    require_fit(arguments, model, tokenizer)
     with accelerator.main_process_first():
         blocks, name = training_blocks(arguments, tokenizer)
-        held_out = {file: blocks_of(file, arguments, tokenizer) for file in arguments.eval_data_files}
+        held_out = {file: blocks_of([file], arguments, tokenizer) for file in arguments.eval_data_files}
     data = BlockLoader(
         blocks,
         arguments.batch_size,
@@ -245,29 +246,41 @@ def build_tokenizer(arguments: TrainArguments, resumed: Path | None) -> PreTrain
 
 def training_blocks(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenBlocks, str]:
     """The training text in blocks, and what to call it."""
-    lines = all(file.lower().endswith(".txt") for file in arguments.data_files) and bool(arguments.data_files)
-    rows = load_text(
-        arguments.dataset, config=arguments.dataset_config, split=arguments.split, data_files=arguments.data_files
-    )
-    blocks = tokenize(
-        rows,
-        tokenizer,
-        arguments.block_size,
-        text_column=arguments.text_column,
-        append_eos=arguments.append_eos,
-        lines=lines,
-    )
-    return blocks, arguments.dataset or ", ".join(Path(file).name for file in arguments.data_files)
+    if arguments.dataset is None:
+        name = ", ".join(Path(file).name for file in arguments.data_files)
+        return blocks_of(arguments.data_files, arguments, tokenizer, split=arguments.split), name
+    rows = load_text(arguments.dataset, config=arguments.dataset_config, split=arguments.split)
+    columns = {"text_column": arguments.text_column, "append_eos": arguments.append_eos}
+    return tokenize(rows, tokenizer, arguments.block_size, **columns), arguments.dataset
 
 
-def blocks_of(file: str, arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+def blocks_of(
+    files: Sequence[str], arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, split: str = "train"
+) -> TokenBlocks:
+    """Local files in blocks."""
     return read_blocks(
-        [file],
+        files,
         tokenizer,
         arguments.block_size,
+        split=split,
         text_column=arguments.text_column,
         append_eos=arguments.append_eos,
     )
+
+
+def require_fit(arguments: TrainArguments, model: LivingMoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `TrainingError` if the tokenizer or the block size is too large for the model."""
+    backbone = model.config.backbone_config
+    if len(tokenizer) > backbone.vocab_size:
+        raise TrainingError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {backbone.vocab_size} embeddings; use the "
+            f"model's own tokenizer, or call model.resize_token_embeddings({len(tokenizer)}) and save it."
+        )
+    positions = getattr(backbone, "max_position_embeddings", None)
+    if positions is not None and arguments.block_size > positions:
+        raise TrainingError(
+            f"block_size is {arguments.block_size} but the model was made for {positions} positions; lower it."
+        )
 
 
 def build_optimizer(arguments: TrainArguments, model: LivingMoeForCausalLM) -> Optimizer:
@@ -301,7 +314,7 @@ def calibrate(
     fields = model.model.fields
     if arguments.calibration_file is not None:
         with accelerator.main_process_first():
-            blocks = blocks_of(arguments.calibration_file, arguments, tokenizer)
+            blocks = blocks_of([arguments.calibration_file], arguments, tokenizer)
         model.calibrate(blocks.tokens(0, blocks.num_tokens))
         say(f"calibrated receptive fields on {arguments.calibration_file}: {blocks.num_tokens:,} tokens")
     elif fields is not None and not bool(fields.calibrated):

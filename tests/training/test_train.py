@@ -148,8 +148,16 @@ def test_what_is_missing_is_said(source: Path, tmp_path: Path) -> None:
         main(flags(source, tmp_path, "--model", str(tmp_path / "nowhere")))
     with pytest.raises(TrainingError, match="cannot load a tokenizer from .*name one with --tokenizer"):
         main(flags(source, tmp_path, "--tokenizer", str(tmp_path)))
-    with pytest.raises(TrainingError, match="less than one block of 100000"):
-        main(flags(source, tmp_path, "--block-size", "100000"))
+    with pytest.raises(TrainingError, match="block_size is 1000 but the model was made for 128 positions"):
+        main(flags(source, tmp_path, "--block-size", "1000"))
+    (tmp_path / "short.txt").write_text("the cat")
+    with pytest.raises(TrainingError, match="less than one block of 24"):
+        main(flags(source, tmp_path, "--data-files", str(tmp_path / "short.txt")))
+    tokenizer = AutoTokenizer.from_pretrained(source / "model")
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(3)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    with pytest.raises(TrainingError, match="the tokenizer has .* tokens but the model only .* embeddings"):
+        main(flags(source, tmp_path, "--tokenizer", str(tmp_path / "larger")))
 
 
 def test_the_command_line_ends_in_one_line_about_what_was_wrong(
