@@ -1,4 +1,4 @@
-"""The three collectives a living model needs. Each is a no-op in a single process."""
+"""The four collectives a living model needs. Each is a no-op in a single process."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_tensors(tensor: Tensor) -> list[Tensor]:
+    """`tensor`, of one shape and dtype everywhere, of every rank, in rank order."""
+    if world_size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return gathered
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,0 +1,124 @@
+"""What a model with plastic keys can do: `model.plastic()`, consolidation, snapshots, the way back.
+
+SOME's claim is that a model adapts while it reads by moving addresses, never functions. Whether that helps is measured
+in `benchmarks/some.py`; here it is made exact, deterministic and reversible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from living_moe.configuration.errors import ConfigurationError, PopulationError
+from living_moe.configuration.sections import PlasticityConfig
+from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
+
+
+class PlasticityMixin:
+    """Plastic keys of a model with `living_blocks`."""
+
+    config: Any
+    living_blocks: list[LivingMoeBlock]
+    training: bool
+
+    #: Forces of an open `plastic()` context, on the base model.
+    _forces: PlasticityConfig | None = None
+
+    @contextlib.contextmanager
+    def plastic(self, **forces: Any) -> Iterator[None]:
+        """While open, keys move as the model reads: every forward pass consolidates at its end, in `generate` too.
+
+        Works on any living model; one that was not configured for it becomes so (`plasticity.enabled`), because where
+        keys started must be saved with it. Gradients are off inside: keys move after each pass, so a backward through
+        it would be wrong. In a distributed run every rank must make the same passes.
+
+        Args:
+            **forces: Fields of the section `plasticity` that differ while it is open, e.g. `alpha=0.05`.
+
+        Raises:
+            ConfigurationError: The model is in training mode (there `plasticity.training` decides), or a field is
+                unknown.
+        """
+        if self.training:
+            raise ConfigurationError(
+                "plastic() is for reading, and the model is in training mode; call model.eval(), or set "
+                "plasticity.training to let keys move while it trains."
+            )
+        settings = PlasticityConfig.from_value({**self.config.plasticity.to_dict(), **forces})
+        base = self._life  # type: ignore[attr-defined]
+        self._require_plasticity()
+        before = base._forces
+        base._forces = settings
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            base._forces = before
+
+    def consolidate_keys(self) -> None:
+        """Let what was read since the last consolidation move the keys; `lifecycle_step` does it while training.
+
+        A collective: every rank calls it.
+        """
+        forces = self._life._forces or self.config.plasticity  # type: ignore[attr-defined]
+        for block in self.living_blocks:
+            if block.plasticity is not None:
+                block.plasticity.consolidate(block.router.keys, block.population, forces)
+
+    def reset_keys(self) -> None:
+        """Keys back to where they were before gravity first acted; usage is forgotten."""
+        for block in self.living_blocks:
+            if block.plasticity is not None:
+                block.plasticity.reset(block.router.keys, block.population)
+
+    def key_distances(self, layer: int) -> Tensor:
+        """How far the keys of a layer are from where they started: L2, fp32 (experts,), slot order."""
+        block = self.living_block(layer)  # type: ignore[attr-defined]
+        if block.plasticity is None:
+            return torch.zeros(len(block.population.members), device=block.population.next_uid.device)
+        distances: Tensor = block.plasticity.distances(block.router.keys, block.population)
+        return distances
+
+    def key_snapshot(self) -> list[dict[int, Tensor]]:
+        """Copies of all keys, (D,) each: per living layer, by uid."""
+        snapshot = []
+        for block in self.living_blocks:
+            keys = block.router.keys
+            snapshot.append({m.uid: keys[m.slab].detach()[m.row].clone() for m in block.population.members})
+        return snapshot
+
+    @torch.no_grad()
+    def restore_keys(self, snapshot: Sequence[dict[int, Tensor]]) -> None:
+        """Put keys back where a snapshot has them; usage stays. Experts born since keep theirs.
+
+        Raises:
+            PopulationError: The snapshot is of another model.
+        """
+        blocks = self.living_blocks
+        if len(snapshot) != len(blocks):
+            raise PopulationError(f"the snapshot has {len(snapshot)} layers, the model {len(blocks)}.")
+        for layer, (block, rows) in enumerate(zip(blocks, snapshot, strict=True)):
+            wrong = [uid for uid, key in rows.items() if key.shape != (block.router.d_key,)]
+            if wrong:
+                raise PopulationError(f"layer {layer}: the snapshot's keys of {wrong} are not of length d_key.")
+        for block, rows in zip(blocks, snapshot, strict=True):
+            for member in block.population.members:
+                if member.uid in rows:
+                    block.router.keys[member.slab][member.row] = rows[member.uid].to(block.router.keys[member.slab])
+
+    def _require_plasticity(self) -> None:
+        if not self.config.plasticity.enabled:
+            self.config.plasticity = dataclasses.replace(self.config.plasticity, enabled=True, training=False)
+        for block in self.living_blocks:
+            if block.plasticity is None:
+                device = block.population.next_uid.device
+                block.plasticity = KeyPlasticity(block.capacities(), block.router.d_key).to(device)
+
+
+__all__ = ["PlasticityMixin"]

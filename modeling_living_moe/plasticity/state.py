@@ -1,0 +1,153 @@
+"""What a layer remembers for knowledge gravity: where each key started, how much its expert was used, who came since.
+
+Rows follow their experts through events like every row-aligned table; a newborn starts with its parent's past. The
+forces themselves are in `gravity.py`.
+
+C capacity, E alive experts in slot order, D length of a key, T tokens, K places per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from living_moe.configuration.errors import PopulationError
+from living_moe.configuration.sections import PlasticityConfig
+from living_moe.modeling_living_moe.plasticity.gravity import Evidence, consolidate
+from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, Population, RowTable
+
+#: Forward passes that may wait for a consolidation before it is taken for forgotten.
+MOST_EVIDENCE = 1024
+
+
+class PlasticityTable(RowTable):
+    """Past of the keys of one slab."""
+
+    columns = {
+        # Tokens received while plastic, and moving average of the load per consolidation (1.0 is the uniform share).
+        "hits": (torch.int64, 0),
+        "use": (torch.float32, 0.0),
+    }
+    hits: Tensor
+    use: Tensor
+    start: Tensor
+
+    def __init__(self, capacity: int, d_key: int):
+        super().__init__(capacity)
+        # (C, D): where gravity found the key first.
+        self.register_buffer("start", torch.zeros(capacity, d_key, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.zeros_(self.start)
+
+
+class KeyPlasticity(KeepsDtype):
+    """Plasticity of one layer's keys: a `PlasticityTable` per slab, and the evidence that waits."""
+
+    def __init__(self, capacities: dict[str, int], d_key: int):
+        super().__init__()
+        self.d_key = d_key
+        for name in SLABS:
+            if capacity := capacities.get(name, 0):
+                self.add_module(name, PlasticityTable(capacity, d_key))
+        #: Consolidations so far; the first one finds where keys start.
+        self.register_buffer("consolidations", torch.tensor(0))
+        self._has_started: bool | None = None
+        self.evidence: list[Evidence] = []
+
+    consolidations: Tensor
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.consolidations)
+        self._has_started = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._has_started = None
+
+    def table(self, slab: str) -> PlasticityTable:
+        return self.get_submodule(slab)  # type: ignore[return-value]
+
+    @property
+    def has_started(self) -> bool:
+        """Whether gravity ever acted here, so that `start` says something. Read from the device once."""
+        if self._has_started is None:
+            self._has_started = bool(self.consolidations > 0)
+        return self._has_started
+
+    def observe(self, query_TD: Tensor, index_TK: Tensor, token_mask_T: Tensor | None) -> None:
+        """Remember one forward until the next consolidation. Padding moves nothing."""
+        if len(self.evidence) >= MOST_EVIDENCE:
+            raise PopulationError(
+                f"{MOST_EVIDENCE} forward passes wait for their keys to consolidate; call model.lifecycle_step() (or "
+                f"model.consolidate_keys()) after every optimizer step, or set plasticity.training to False."
+            )
+        index_TK = index_TK.detach()
+        if token_mask_T is not None:
+            index_TK = index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
+        self.evidence.append(Evidence(query_TD.detach(), index_TK))
+
+    def follow(self, new_index: Sequence[int]) -> None:
+        """Carry waiting evidence over to a new slot order: old index -> new index, -1 for the dead."""
+        if self.evidence:
+            place = torch.tensor([*new_index, -1], device=self.evidence[0].index_TK.device)
+            self.evidence = [Evidence(piece.query_TD, place[piece.index_TK]) for piece in self.evidence]
+
+    @torch.no_grad()
+    def consolidate(self, keys: Mapping[str, nn.Parameter], population: Population, settings: PlasticityConfig) -> None:
+        """Let the evidence move the keys, in place, and forget it. A collective: every rank calls it."""
+        alive = population.alive
+        if not self.has_started:
+            for slab, count in alive.items():
+                self.table(slab).start[:count] = keys[slab][:count].float()
+            self._has_started = True
+        evidence, self.evidence = self.evidence, []
+        rows = [self.table(slab) for slab in alive]
+        counts = list(alive.values())
+        moved_ED, hits_E, use_E = consolidate(
+            torch.cat([keys[slab][:count].float() for slab, count in alive.items()]),
+            torch.cat([table.start[:count] for table, count in zip(rows, counts, strict=True)]),
+            torch.cat([table.hits[:count] for table, count in zip(rows, counts, strict=True)]),
+            torch.cat([table.use[:count] for table, count in zip(rows, counts, strict=True)]),
+            torch.cat([population.table(slab).uid[:count] for slab, count in alive.items()]),
+            evidence,
+            settings,
+        )
+        first = 0
+        for table, (slab, count) in zip(rows, alive.items(), strict=True):
+            mine = slice(first, first + count)
+            keys[slab][:count] = moved_ED[mine].to(keys[slab].dtype)
+            table.hits[:count], table.use[:count] = hits_E[mine], use_E[mine]
+            first += count
+        self.consolidations += 1
+
+    @torch.no_grad()
+    def reset(self, keys: Mapping[str, nn.Parameter], population: Population) -> None:
+        """Keys back to where they started; usage and evidence forgotten."""
+        for slab, count in population.alive.items():
+            table = self.table(slab)
+            if self.has_started:
+                keys[slab][:count] = table.start[:count].to(keys[slab].dtype)
+            table.hits.zero_()
+            table.use.zero_()
+        self.evidence = []
+        self.consolidations.zero_()
+        self._has_started = False
+
+    def distances(self, keys: Mapping[str, nn.Parameter], population: Population) -> Tensor:
+        """How far each key is from its start, L2, fp32 (E,)."""
+        if not self.has_started:
+            return torch.zeros(len(population.members), device=self.consolidations.device)
+        parts = [
+            torch.linalg.vector_norm(keys[slab][:count].detach().float() - self.table(slab).start[:count], dim=1)
+            for slab, count in population.alive.items()
+        ]
+        return torch.cat(parts)
+
+
+__all__ = ["KeyPlasticity", "PlasticityTable"]
