@@ -316,8 +316,8 @@ def reference_consolidate(
     elif config.use_decay and num_experts > 1:
         pulled = torch.stack(keys)
         for expert in range(num_experts):
-            others = torch.cat([pulled[:expert], pulled[expert + 1 :]])
-            away = pulled[expert] - others.mean(dim=0)
+            rest = torch.cat([pulled[:expert], pulled[expert + 1 :]])
+            away = pulled[expert] - rest.mean(dim=0)
             direction = away / away.norm() if away.norm() else unit_directions(uid_E[expert : expert + 1], len(away))[0]
             keys[expert] = pulled[expert] + config.repulsion * direction
     return torch.stack(keys).to(keys_ED.dtype), torch.tensor(hits).to(hits_E), torch.tensor(load).to(load_E)
