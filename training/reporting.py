@@ -16,10 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
+from living_moe.training.collapse import collapse_report, summary
 from living_moe.training.loop import LivingTrainer, StepRecord
 
 #: Steps over which the shown loss is averaged.
 SHOWN_WINDOW = 20
+#: Measures of collapse in a log, means over layers: comparable between layers and populations of any size.
+LOGGED_ROUTING = ("gini", "effective_share", "max_violation", "dead_share")
 
 
 def describe_events(events: Sequence[LifecycleEvent]) -> str:
@@ -68,9 +71,14 @@ class Progress:
             self._bar.set_postfix(loss=f"{mean:.3f}", experts=experts, events=self._events, refresh=False)
         elif record.step % self.every == 0 or record.step == self.total:
             seconds = time.perf_counter() - self._since
+            effective = ""
+            if experts:
+                layers = collapse_report(trainer.model)
+                effective = f" ({sum(layer['effective_experts'] for layer in layers):.1f} effective)"
             self.say(
-                f"step {record.step}/{self.total}: loss {mean:.4f}, experts {experts}, events {self._events}, "
-                f"lr {record.learning_rate:.3g}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
+                f"step {record.step}/{self.total}: loss {mean:.4f}, experts {experts}{effective}, "
+                f"events {self._events}, lr {record.learning_rate:.3g}, "
+                f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
             )
             self._tokens, self._since = 0, time.perf_counter()
 
@@ -88,15 +96,20 @@ class Progress:
 class JsonLog:
     """Hook: one JSON line per step. A resumed run drops the lines after the step it resumes from.
 
+    Every so many steps the line of a living model has `routing`, how far its routing has collapsed (`LOGGED_ROUTING`,
+    see collapse.py). That costs one transfer from the device.
+
     Args:
         path: Of the log, such as `log.jsonl`.
         after: Keep lines up to this step.
         written: False on all processes but one.
+        every: Steps between lines with `routing`; 0 is never.
     """
 
-    def __init__(self, path: Path, *, after: int = 0, written: bool = True):
+    def __init__(self, path: Path, *, after: int = 0, written: bool = True, every: int = 10):
         self.path = path
         self.written = written
+        self.every = every
         if not written:
             return
         kept = []
@@ -108,16 +121,20 @@ class JsonLog:
         path.write_text("".join(kept), encoding="utf-8")
 
     def __call__(self, trainer: LivingTrainer, record: StepRecord) -> None:
-        self.write(
-            {
-                "step": record.step,
-                "loss": record.loss,
-                "grad_norm": record.grad_norm,
-                "learning_rate": record.learning_rate,
-                "experts": list(record.experts),
-                "events": [event.to_dict() for event in record.events],
-            }
-        )
+        if not self.written:
+            return
+        entry: dict[str, Any] = {
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "experts": list(record.experts),
+            "events": [event.to_dict() for event in record.events],
+        }
+        if record.experts and self.every and record.step % self.every == 0:
+            means = summary(collapse_report(trainer.model), prefix="")
+            entry["routing"] = {name: means[name] for name in LOGGED_ROUTING}
+        self.write(entry)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it has a `step`."""
@@ -126,4 +143,4 @@ class JsonLog:
                 file.write(json.dumps(entry) + "\n")
 
 
-__all__ = ["JsonLog", "Progress", "describe_events"]
+__all__ = ["LOGGED_ROUTING", "JsonLog", "Progress", "describe_events"]

@@ -1,11 +1,15 @@
 """What a run says: events in a line, a line every so many steps, a log that a resumed run continues."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from lives import busy_model
 
 from living_moe import LifecycleEvent
 from living_moe.training.loop import StepRecord
@@ -22,6 +26,15 @@ def record(step: int, *events: LifecycleEvent) -> StepRecord:
     )
 
 
+def living_trainer() -> Any:
+    """A trainer whose model has two layers: all tokens with one of eight experts, and a balanced nine."""
+    model = busy_model()
+    model.split_expert(1, model.expert_uids(1)[0])
+    for block, load in zip(model.living_blocks, ([8.0] + [0.0] * 7, [1.0] * 9), strict=True):
+        block.vitals.table("trainable").load[: len(load)] = torch.tensor(load)
+    return SimpleNamespace(model=model)
+
+
 def test_events_are_counted_by_kind_and_layer() -> None:
     assert describe_events([]) == ""
     events = [event("split", 3), event("death", 1), event("split", 0), event("split", 3)]
@@ -29,15 +42,26 @@ def test_events_are_counted_by_kind_and_layer() -> None:
 
 
 def test_without_a_terminal_there_is_a_line_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(5, every=2)
+    progress, trainer = Progress(5, every=2), living_trainer()
     for step in range(1, 6):
-        progress(None, record(step, *([event("split", 0)] if step == 3 else [])))  # type: ignore[arg-type]
+        progress(trainer, record(step, *([event("split", 0)] if step == 3 else [])))
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [
         "step 2/5: loss 1.5000", "step 3: 1 split (layer 0)", "step 4/5: loss 2.5000", "step 5/5: loss 3.0000",
     ]  # fmt: skip
-    assert "experts 17, events 1, lr 0.001" in lines[-1]
+    assert "experts 17 (10.0 effective), events 1, lr 0.001" in lines[-1]
+
+
+def test_a_model_that_does_not_live_has_no_effective_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer: Any = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    step = dataclasses.replace(record(1), experts=())
+    Progress(1)(trainer, step)
+    JsonLog(tmp_path / "log.jsonl", every=1)(trainer, step)
+    assert "experts 0, events 0" in capsys.readouterr().err
+    assert "routing" not in (tmp_path / "log.jsonl").read_text()
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +84,18 @@ def test_processes_that_do_not_speak_say_nothing(tmp_path: Path, capsys: pytest.
     progress(None, record(1))  # type: ignore[arg-type]
     log(None, record(1))  # type: ignore[arg-type]
     assert capsys.readouterr().err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_every_so_many_lines_of_a_log_have_the_state_of_routing(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log, trainer = JsonLog(path, every=2), living_trainer()
+    for step in range(1, 6):
+        log(trainer, record(step))
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "routing" in entry] == [2, 4]
+    # Means of a layer where one of eight takes all, and a balanced one.
+    expected = {"gini": 0.875 / 2, "effective_share": (1 / 8 + 1) / 2, "max_violation": 3.5, "dead_share": 0.875 / 2}
+    assert entries[1]["routing"] == pytest.approx(expected)
 
 
 def test_a_log_is_continued_after_the_step_resumed_from(tmp_path: Path) -> None:
