@@ -38,8 +38,8 @@ LARGEST_TO_MEAN = 4
 FIRST_PROBES, MOST_PROBES = 2, 16
 #: Rows scored or compared at once where all of them together would need too much memory.
 CHUNK = 8192
-#: Queries per cluster, in the mean, below which a CPU multiplies with one thread.
-SMALL_PRODUCT = 128
+#: Multiply-adds per cluster, in the mean, below which a CPU multiplies with one thread (about 0.1 ms).
+SMALL_PRODUCT = 2**22
 #: Queries per small matrix product, and floats of keys gathered at once, on an accelerator.
 TILE_QUERIES, TILE_FLOATS = 16, 2**26
 
@@ -192,7 +192,7 @@ class TwoStageSearch:
         for start in range(0, min(len(keys_ND), len(self.packed_ND)), CHUNK):
             chunk = keys_ND[start : start + CHUNK]
             position = self.position_N[start : start + len(chunk)]
-            parts.append((self.packed_ND[position] != chunk[: len(position)]).any(dim=1))
+            parts.append((self.packed_ND.index_select(0, position) != chunk[: len(position)]).any(dim=1))
         return torch.cat(parts).nonzero()[:, 0]
 
     def _build(self, keys_ND: Tensor) -> None:
@@ -218,7 +218,7 @@ class TwoStageSearch:
         self.row_N = self.cluster_N.argsort(stable=True)
         self.position_N = torch.empty_like(self.row_N)
         self.position_N[self.row_N] = torch.arange(len(self.row_N), device=self.row_N.device)
-        self.packed_ND = keys_ND[self.row_N]
+        self.packed_ND = keys_ND.index_select(0, self.row_N)
         self.size_C, self.start_C = size_C, size_C.cumsum(0) - size_C
         self.sizes = size_C.tolist()
         norm_C = self.norm_N.new_zeros(len(size_C)).scatter_reduce_(0, self.cluster_N, self.norm_N, "amax")
@@ -294,7 +294,7 @@ class TwoStageSearch:
         score_PM = query_PD.new_full((len(query_PD), max(self.sizes)), -math.inf)
         queries = torch.bincount(cluster_P, minlength=len(self.sizes)).tolist()
         keys = self.packed_ND.split(self.sizes)
-        small = len(query_PD) < SMALL_PRODUCT * len(keys)
+        small = query_PD.numel() * len(self.packed_ND) < SMALL_PRODUCT * len(keys) ** 2
         with one_thread() if small else nullcontext():
             for asked, query_QD, score_QM, key_MD in zip(
                 queries, query_PD.split(queries), score_PM.split(queries), keys, strict=True

@@ -275,6 +275,18 @@ def test_few_keys_and_exact_mode_are_scored_whole(warnings: list[str]) -> None:
     assert store.mode == "two_stage" and store.recall > 0.97 and not warnings
 
 
+def test_a_compiled_model_of_few_keys_is_one_graph() -> None:
+    keys = clustered(50)
+    store = KeyStoreSearch(RouterConfig())
+
+    def route(x: Tensor) -> Tensor:
+        rows = store.candidates(x, keys, 4, 2)
+        return (x @ keys.T).topk(4)[1] if rows is None else rows
+
+    compiled = torch.compile(route, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(keys[:3]), best(keys[:3], keys, 4))
+
+
 def test_random_keys_are_scored_whole_after_one_warning_and_tried_again_quietly(warnings: list[str]) -> None:
     keys = torch.randn(3000, 64)
     store = KeyStoreSearch(RouterConfig(search="two_stage"))
