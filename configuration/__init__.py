@@ -19,8 +19,10 @@ from living_moe.configuration.presets import PRESETS, Preset, preset_sections
 from living_moe.configuration.sections import (
     ExpertsConfig,
     LifecycleConfig,
+    PlasticityConfig,
     ReceptiveFieldConfig,
     RouterConfig,
+    TrainableConfig,
     VitalsConfig,
 )
 
@@ -36,10 +38,12 @@ __all__ = [
     "LivingMoeConfig",
     "LivingMoeError",
     "OptimizerError",
+    "PlasticityConfig",
     "PopulationError",
     "Preset",
     "ReceptiveFieldConfig",
     "RouterConfig",
+    "TrainableConfig",
     "TrainingDivergedError",
     "TrainingError",
     "UnknownExpertError",

@@ -33,8 +33,10 @@ from living_moe.configuration.sections import (
     SECTIONS,
     ExpertsConfig,
     LifecycleConfig,
+    PlasticityConfig,
     ReceptiveFieldConfig,
     RouterConfig,
+    TrainableConfig,
     VitalsConfig,
     did_you_mean,
 )
@@ -102,8 +104,8 @@ class LivingMoeConfig(PreTrainedConfig):
         populations: One dict per living layer, from slab name ("frozen", "trainable") to its number of experts, each
             > 0; a slab without experts is left out. Layers with a past also hold "facets", "leaves" and "tombstones",
             the sizes of those tables. None until a model fills it.
-        router, experts, vitals, receptive_field, lifecycle: The sections (see sections.py), as an instance (kept as
-            one) or a dict of the fields that differ from the defaults.
+        router, experts, trainable, vitals, plasticity, receptive_field, lifecycle: The sections (see sections.py), as
+            an instance (kept as one) or a dict of the fields that differ from the defaults.
         provenance: Where the model comes from and what was measured, as its model card tells it: base_model, family,
             datasets, perplexities, ... A record, read by nobody else.
         **kwargs: What `PreTrainedConfig` takes, and fields of the backbone, which are written to `backbone_config`.
@@ -125,7 +127,9 @@ class LivingMoeConfig(PreTrainedConfig):
     populations: list[dict[str, int]] | None = None
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
+    trainable: TrainableConfig = dataclasses.field(default_factory=TrainableConfig)
     vitals: VitalsConfig = dataclasses.field(default_factory=VitalsConfig)
+    plasticity: PlasticityConfig = dataclasses.field(default_factory=PlasticityConfig)
     receptive_field: ReceptiveFieldConfig = dataclasses.field(default_factory=ReceptiveFieldConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Presets: named choices of the sections, for the two ways a graft usually lives.
+"""Presets: named choices of the sections, for the ways a graft usually lives.
 
 A preset is a starting point, never a mode: its name is recorded in the config, its values are written out like any
 others, and nothing but the sections is read afterwards. Overrides come in one form, a dict per section:
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from living_moe.configuration.errors import ConfigurationError
-from living_moe.configuration.sections import SECTIONS, did_you_mean
+from living_moe.configuration.sections import SECTIONS, TrainableConfig, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ PRESETS: dict[str, Preset] = {
             description="Pretrained experts, their keys and everything around them are frozen. Newborns learn in "
             "receptive fields of their own, so text of the old domain flows through the old function untouched.",
             sections={
-                "router": {"train_frozen_keys": False},
-                "experts": {"freeze_pretrained": True, "freeze_backbone": True},
+                "experts": {"freeze_pretrained": True},
+                "trainable": dict.fromkeys(TrainableConfig.field_names(), False) | {"keys": True},
                 "receptive_field": {"enabled": True},
                 # A birth cannot hurt the old function and nothing is learned before it: whole layers may give birth at
                 # once, and need no rest.
@@ -42,11 +42,22 @@ PRESETS: dict[str, Preset] = {
             },
         ),
         Preset(
+            name="some",
+            description="A library of frozen experts, pretrained or random. What learns is how they are reached: query "
+            "networks and keys, with embeddings, attention, norms and head; and keys also move without gradients.",
+            sections={
+                "router": {"query_network": "mlp"},
+                "experts": {"freeze_pretrained": True, "init_gain": 1.0},
+                "trainable": {"mlps": False},
+                "plasticity": {"enabled": True, "pull": "direction"},
+                "lifecycle": {"enabled": False},
+            },
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={
-                "router": {"train_frozen_keys": True},
-                "experts": {"freeze_pretrained": False, "freeze_backbone": False},
+                "experts": {"freeze_pretrained": False},
                 "receptive_field": {"enabled": False},
             },
         ),

@@ -85,6 +85,11 @@ class Section:
         if not ok:
             raise ConfigurationError(f"{self.section_name}.{name} must be {wanted}, got {getattr(self, name)!r}.")
 
+    def require_one_of(self, name: str, known: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            raise ConfigurationError(f"{self.section_name}.{name} is {value!r}.{did_you_mean(str(value), known)}")
+
     @classmethod
     def from_value(cls: type[SectionT], value: SectionT | dict[str, Any] | None) -> SectionT:
         """A section from a dict of its fields, an instance (copied), or None (defaults)."""
@@ -110,12 +115,59 @@ class RouterConfig(Section):
     aux_loss_coef: float | None = None
     #: Weight of the router z-loss, mean logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906; typical 1e-3).
     z_loss_coef: float = 0.0
-    #: Keys of frozen experts keep learning. `frozen-graft` turns it off: there the old addresses are protected.
-    train_frozen_keys: bool = True
+    #: What maps the router's input to a query: identity (a pretrained linear router is that), linear, mlp.
+    query_network: str = "identity"
+    #: Length of queries and keys; None is the hidden size, which identity needs.
+    d_key: int | None = None
+    #: Hidden width of an mlp query network; None is the length of a query.
+    query_hidden: int | None = None
+    #: A score is the dot product of query and key, or their cosine; either is divided by the temperature.
+    similarity: str = "dot"
+    temperature: float = 1.0
+    #: Dot products with keys of unit length (cosine has them anyway).
+    normalise_keys: bool = False
+    #: Who is chosen: the source family's own rule, or top_any, every clade whose score is above the layer's threshold.
+    selection: str = "family"
+    #: top_any: weights of the chosen are a softmax over them, the threshold learned through a straight-through
+    #: estimator (DynMoE, arXiv:2405.14297), or the rectified height above the threshold (ReMoE, arXiv:2412.14711).
+    gate: str = "straight_through"
+    #: top_any: the threshold at the start, in units of a score.
+    threshold: float = 0.0
+    #: top_any: bound on the experts of one token; None is twice the family's number.
+    max_experts_per_token: int | None = None
+    #: top_any: experts per token that the threshold is steered to, on average; None is the family's number.
+    target_experts_per_token: float | None = None
+    #: top_any: change of the threshold per optimizer step and unit of relative error of the density; 0 leaves it alone.
+    threshold_rate: float = 0.01
+    #: Step of the selection biases towards balance, without gradients (arXiv:2408.15664); 0 leaves them alone.
+    bias_update_rate: float = 0.0
+    #: How keys are searched: exact, two_stage, faiss_hnsw, faiss_ivf, or auto: two_stage from `search_from` keys on.
+    search: str = "auto"
+    #: auto: number of keys from which the two-stage search is faster (`benchmarks/routing.py` prints the crossover).
+    search_from: int = 4096
+    #: Recall of the chosen experts below which a search, measured while it runs, gives way to the exact one.
+    min_recall: float = 0.97
 
     def validate(self) -> None:
         self.require("aux_loss_coef", self.aux_loss_coef is None or self.aux_loss_coef >= 0, "None or >= 0")
         self.require("z_loss_coef", self.z_loss_coef >= 0, ">= 0")
+        self.require_one_of("query_network", ("identity", "linear", "mlp"))
+        self.require_one_of("similarity", ("dot", "cosine"))
+        self.require_one_of("selection", ("family", "top_any"))
+        self.require_one_of("gate", ("straight_through", "relu"))
+        self.require_one_of("search", ("auto", "exact", "two_stage", "faiss_hnsw", "faiss_ivf"))
+        for name in ("d_key", "query_hidden", "max_experts_per_token"):
+            self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "None or >= 1")
+        identity = self.query_network == "identity"
+        self.require("d_key", not (identity and self.d_key), "None with query_network='identity'; choose linear or mlp")
+        self.require("query_hidden", self.query_hidden is None or self.query_network == "mlp", "None without an mlp")
+        self.require("temperature", self.temperature > 0, "> 0")
+        target = self.target_experts_per_token
+        self.require("target_experts_per_token", target is None or target >= 1, "None or >= 1")
+        self.require("threshold_rate", self.threshold_rate >= 0, ">= 0")
+        self.require("bias_update_rate", self.bias_update_rate >= 0, ">= 0")
+        self.require("search_from", self.search_from >= 1, ">= 1")
+        self.require("min_recall", 0 < self.min_recall <= 1, "in (0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -126,8 +178,14 @@ class ExpertsConfig(Section):
 
     #: At a graft the pretrained experts go to the frozen slab.
     freeze_pretrained: bool = False
-    #: At a graft everything but experts and keys (embeddings, attention, norms, head, shared experts) freezes.
-    freeze_backbone: bool = False
+    #: Initial weights of experts: default (normal), orthogonal, sparse; pretrained is what a graft has (until they are
+    #: loaded, such weights are default).
+    init: str = "default"
+    #: Standard deviation of initial entries in units of fan_in ** -0.5 (gain); None is the backbone's initializer_range
+    #: for default, and 1 for the others. Experts that stay frozen never grow to a useful scale, so theirs matters.
+    init_gain: float | None = None
+    #: sparse: share of the entries that are zero.
+    init_sparsity: float = 0.9
     #: A full slab grows to this multiple of its capacity (geometric growth keeps re-wrapping rare).
     growth_factor: float = 1.5
     #: A slab shrinks to its alive rows when fewer than this share of its slots are alive.
@@ -136,9 +194,32 @@ class ExpertsConfig(Section):
     memory_budget_mib: float | None = None
 
     def validate(self) -> None:
+        self.require_one_of("init", ("default", "orthogonal", "sparse", "pretrained"))
+        self.require("init_gain", self.init_gain is None or self.init_gain > 0, "None or > 0")
+        self.require("init_sparsity", 0 <= self.init_sparsity < 1, "in [0, 1)")
         self.require("growth_factor", self.growth_factor > 1, "> 1")
         self.require("shrink_below", 0 <= self.shrink_below < 1, "in [0, 1)")
         self.require("memory_budget_mib", self.memory_budget_mib is None or self.memory_budget_mib > 0, "None or > 0")
+
+
+@dataclass(kw_only=True)
+class TrainableConfig(Section):
+    """What takes gradients. Experts of the trainable slab always do, those of the frozen slab never."""
+
+    section_name: ClassVar[str] = "trainable"
+
+    embeddings: bool = True
+    #: The head, where it is not tied to the embeddings.
+    head: bool = True
+    attention: bool = True
+    norms: bool = True
+    #: Shared experts, and the MLPs of layers without experts.
+    mlps: bool = True
+    query_networks: bool = True
+    #: Keys of the trainable slab.
+    keys: bool = True
+    #: Keys of frozen experts. `frozen-graft` turns it off: there the old addresses are protected.
+    frozen_keys: bool = True
 
 
 @dataclass(kw_only=True)
@@ -155,6 +236,55 @@ class VitalsConfig(Section):
     def validate(self) -> None:
         self.require("decay", 0 <= self.decay < 1, "in [0, 1)")
         self.require("grad_norm_every", self.grad_norm_every >= 0, ">= 0")
+
+
+@dataclass(kw_only=True)
+class PlasticityConfig(Section):
+    """Knowledge gravity (SOME): keys that move without gradients, by the queries that reach them and by their peers."""
+
+    section_name: ClassVar[str] = "plasticity"
+
+    #: Keys may move; the model keeps where they started and how much each expert was used.
+    enabled: bool = False
+    #: Keys consolidate after every optimizer step.
+    training: bool = True
+    #: Keys consolidate after every forward pass in evaluation mode without gradients, in `generate` too.
+    inference: bool = False
+    #: Plasticity rate: the pull of a query on the key of each expert it reached.
+    alpha: float = 0.01
+    #: Bonding rate: the pull between keys of experts that served one token together.
+    beta: float = 0.001
+    #: Switches of the forces, for ablations: query pull, peer pull, mass, dark energy.
+    use_alpha: bool = True
+    use_beta: bool = True
+    use_inertia: bool = True
+    use_decay: bool = True
+    #: What makes an expert heavy: the count of its tokens, or ema, the moving average of its load (1.0 is balanced).
+    usage: str = "count"
+    #: Decay per consolidation of the moving average.
+    usage_decay: float = 0.99
+    #: A query pulls as it is, or as its direction, scaled to the length of the key it pulls.
+    pull: str = "raw"
+    #: Dark energy: decay of unused keys, or a constant repulsion of all keys from the centroid of the others.
+    dark_energy: str = "decay"
+    #: repulsion: length of each key's step away from the centroid of the others, per consolidation.
+    repulsion: float = 0.001
+    #: decay: keys decay while the moving average of their load is below this (multiples of the uniform share).
+    forgetting_threshold: float = 0.05
+    #: decay: share of the way to its target that a key goes per consolidation.
+    decay_rate: float = 0.001
+    #: decay: keys go to the origin, or to their own start.
+    decay_target: str = "origin"
+
+    def validate(self) -> None:
+        for name in ("alpha", "beta", "usage_decay", "decay_rate"):
+            self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("repulsion", "forgetting_threshold"):
+            self.require(name, getattr(self, name) >= 0, ">= 0")
+        self.require_one_of("usage", ("count", "ema"))
+        self.require_one_of("pull", ("raw", "direction"))
+        self.require_one_of("dark_energy", ("decay", "repulsion"))
+        self.require_one_of("decay_target", ("origin", "start"))
 
 
 @dataclass(kw_only=True)
@@ -210,8 +340,9 @@ class LifecycleConfig(Section):
     patience: int = 2
     #: Split above this load.
     split_load: float = 1.6
-    #: Remove below this load.
-    death_load: float = 0.05
+    #: Remove below this load. The deaths of one lifecycle step together displace at most as much: a starved expert is
+    #: still the best one for the few tokens it serves, and the loss jumps by what it took to serve them.
+    death_load: float = 0.02
     #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.
     adapt_load: float = 0.25
     #: Siblings may not merge back for this many steps after their split.
@@ -244,5 +375,13 @@ class LifecycleConfig(Section):
 #: The sections of a `LivingMoeConfig`, by the name of the field that holds each.
 SECTIONS: dict[str, type[Section]] = {
     section.section_name: section
-    for section in (RouterConfig, ExpertsConfig, VitalsConfig, ReceptiveFieldConfig, LifecycleConfig)
+    for section in (
+        RouterConfig,
+        ExpertsConfig,
+        TrainableConfig,
+        VitalsConfig,
+        PlasticityConfig,
+        ReceptiveFieldConfig,
+        LifecycleConfig,
+    )
 }

@@ -20,13 +20,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConversionError
+from living_moe.configuration.sections import RouterConfig
 from living_moe.conversion.tables import BLOCK_TENSORS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.families import Family, family_of
 from living_moe.modeling_living_moe.modeling_living_moe import Clock
+from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
+from living_moe.modeling_living_moe.selection import selection_rule
 from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Largest |difference of logits| over the largest |logit| that a graft may have, by dtype. fp32 grafts measure 0.
@@ -92,7 +95,10 @@ def convert(
             f"(with its language-model head)."
         )
     config = LivingMoeConfig.from_backbone(model.config, preset=preset, **overrides)
+    config.experts.init = "pretrained"
     config.provenance = {"base_model": name, "family": family.model_type}
+    if verify:
+        require_exact_router(config)
     living = graft(model, config, copy_tensors=not owned)
     if calibration is not None:
         living.calibrate(calibration)
@@ -108,6 +114,17 @@ def convert(
         living.save_pretrained(target)
         copy_tokenizer(source, target)
     return living
+
+
+def require_exact_router(config: LivingMoeConfig) -> None:
+    """Raise `ConversionError` if the configured router computes other scores or choices than the source's."""
+    router, plain = config.router, RouterConfig()
+    for name in ("similarity", "temperature", "normalise_keys", "selection"):
+        if getattr(router, name) != getattr(plain, name):
+            raise ConversionError(
+                f"router.{name}={getattr(router, name)!r} makes another model of the source, so its outputs "
+                f"cannot stay as they are; leave it out, or pass verify=False to convert all the same and train it."
+            )
 
 
 def free_directory(path: str | os.PathLike[str]) -> Path:
@@ -181,6 +198,10 @@ def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: boo
     for name, tensor in handed_over.items():
         value = tensor.detach().clone() if copy_tensors else tensor.detach()
         place(living, name_here(name), value)
+    for block in living.living_blocks:
+        if block.router.query is not None:
+            keys_EH = block.router.keys[slab].detach()
+            block.router.keys[slab] = nn.Parameter(block.router.query.take_over(keys_EH))
     for name, parameter in list(living.named_parameters()):
         if parameter.is_meta:
             if "field_deltas." not in name and "head_delta." not in name:
@@ -213,7 +234,13 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
     for block in living.living_blocks:
         capacities = block.capacities()
         groups = block.router.scoring.num_groups
-        block.population = Population(capacities, block.router.hidden_size, num_groups=groups).to(device)
+        router = block.router
+        block.population = Population(capacities, router.hidden_size, key_size=router.d_key, num_groups=groups).to(
+            device
+        )
+        router.selection = selection_rule(router.scoring, living.config.router).to(device)
+        if block.plasticity is not None:
+            block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)
         block.vitals = Vitals(capacities, block.vitals.decay).to(device)
     if base.fields is not None:
         settings, vocab_size = base.config.receptive_field, base.config.backbone_config.vocab_size

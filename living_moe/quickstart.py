@@ -335,24 +335,24 @@ def train(
 
 
 class JumpMeter:
-    """Measures what events do to the loss: stands in for `model.lifecycle_step` while a model trains."""
+    """Measures what events do to the loss: stands in for `model.decide_events` while a model trains."""
 
     def __init__(self, model: LivingMoeForCausalLM, batch: Tensor):
         self.model = model
         self.batch = batch
         self.jumps: list[Jump] = []
         self.seconds = 0.0
-        self._step: Callable[..., list[LifecycleEvent]] = model.lifecycle_step
+        self._decide: Callable[..., list[LifecycleEvent]] = model.decide_events
         self._first = model.steps_lived
-        model.lifecycle_step = self  # type: ignore[method-assign]
+        model.decide_events = self  # type: ignore[method-assign]
 
     def stop(self) -> None:
-        del self.model.lifecycle_step
+        del self.model.decide_events
 
     def __call__(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
-        decides = (self.model.steps_lived + 1) % self.model.config.lifecycle.interval == 0
+        decides = self.model.steps_lived % self.model.config.lifecycle.interval == 0
         before = self._loss() if decides else 0.0
-        events = self._step(optimizer)
+        events = self._decide(optimizer)
         if events:
             self.jumps.append(Jump(self.model.steps_lived - self._first, len(events), before, self._loss()))
         return events

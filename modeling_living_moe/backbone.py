@@ -19,13 +19,16 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
-from living_moe.modeling_living_moe.experts import ExpertSlab
+from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
+from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import SLABS, Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LivingRouter
+from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Newborn fields a model with receptive fields has.
@@ -49,6 +52,7 @@ class LivingBackbone:
 
     def __init__(self, config: LivingMoeConfig):
         family = family_of(config.backbone_config)
+        self.living_settings = config.experts
         with family.skeleton(config.backbone_config):
             super().__init__(config.backbone_config)  # type: ignore[call-arg]
         self.living_layers = [
@@ -75,7 +79,9 @@ class LivingBackbone:
                 num_tombstones=population.get("tombstones", 0),
                 num_fields=num_fields(config),
                 router=config.router,
+                trainable=config.trainable,
                 vitals=config.vitals,
+                plasticity=config.plasticity,
                 shared=getattr(source, family.shared_attribute) if family.shared_attribute else None,
             )
             setattr(layer, family.block_attribute, block)
@@ -102,18 +108,17 @@ class LivingBackbone:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        init_living_weights(module, self.config.initializer_range)
+        init_living_weights(module, self.config.initializer_range, self.living_settings)
 
 
-def init_living_weights(module: nn.Module, std: float) -> None:
+def init_living_weights(module: nn.Module, std: float, settings: ExpertsConfig) -> None:
     """Initial weights of our own modules, for models that are not loaded."""
     if isinstance(module, ExpertSlab):
-        init.normal_(module.gate_up_proj, mean=0.0, std=std)
-        init.normal_(module.down_proj, mean=0.0, std=std)
+        init_experts(module, std, settings)
     elif isinstance(module, LivingRouter):
         for key in module.keys.values():
             init.normal_(key, mean=0.0, std=std)
-    elif isinstance(module, (FieldDelta, Population, ReceptiveFields, RowTable, Vitals)):
+    elif isinstance(module, (FieldDelta, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, Vitals)):
         module.reset_parameters()
 
 

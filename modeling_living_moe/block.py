@@ -9,6 +9,7 @@ B batch, S sequence, T = B * S tokens, H hidden, E alive experts, K experts per 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from living_moe.configuration.sections import RouterConfig, VitalsConfig
+from living_moe.configuration.sections import PlasticityConfig, RouterConfig, TrainableConfig, VitalsConfig
 from living_moe.modeling_living_moe.experts import ExpertPool
 from living_moe.modeling_living_moe.families import Family
+from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import SLABS, Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
@@ -33,21 +35,25 @@ class ForwardContext:
         gate: The field of every token, or None when the model has no receptive fields.
         token_mask: Bool (B, S), False for padding; None when every token counts.
         observe: Whether vitals count this pass (training).
+        plastic: Whether keys will move by this pass.
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
+        all_logits: Whether somebody reads the routers' logits.
         choices: Living layer -> per field (clade logits (T, N), chosen clades (T, K)).
     """
 
     gate: FieldGate | None = None
     token_mask: Tensor | None = None
     observe: bool = False
+    plastic: bool = False
     keep_choices: bool = False
+    all_logits: bool = True
     choices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, **_: object) -> ForwardContext:
         """The same on another device; model-parallel hooks call it."""
         gate = None if self.gate is None else self.gate.to(device)
         mask = None if self.token_mask is None else self.token_mask.to(device)
-        return ForwardContext(gate, mask, self.observe, self.keep_choices, self.choices)
+        return dataclasses.replace(self, gate=gate, token_mask=mask)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class LivingMoeBlock(nn.Module):
         num_tombstones: int = 0,
         num_fields: int = 0,
         router: RouterConfig | None = None,
+        trainable: TrainableConfig | None = None,
         vitals: VitalsConfig | None = None,
+        plasticity: PlasticityConfig | None = None,
         shared: nn.Module | None = None,
     ):
         super().__init__()
@@ -92,18 +100,20 @@ class LivingMoeBlock(nn.Module):
         self.layer = layer
         self.num_fields = num_fields
         self.jitter_noise = family.jitter_noise(config)
-        router = router or RouterConfig()
-        self.router = LivingRouter(scoring, capacities, hidden, train_frozen_keys=router.train_frozen_keys)
+        self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
         self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config))
         self.population = Population(
             capacities,
             hidden,
+            key_size=self.router.d_key,
             num_facets=num_facets,
             num_leaves=num_leaves,
             num_tombstones=num_tombstones,
             num_groups=scoring.num_groups,
         )
         self.vitals = Vitals(capacities, (vitals or VitalsConfig()).decay)
+        plastic = plasticity is not None and plasticity.enabled
+        self.plasticity = KeyPlasticity(capacities, self.router.d_key) if plastic else None
         self.shared_experts = shared
         self.context: ForwardContext | None = None
 
@@ -119,12 +129,20 @@ class LivingMoeBlock(nn.Module):
         if context.gate is not None and (self.training or context.gate.any_open()):
             field_T = context.gate.index.to(hidden_TH.device).reshape(-1)
         choices: list[tuple[Tensor, Tensor]] | None = [] if context.keep_choices and not in_backward() else None
-        _, weights_TK, index_TK = self.router(hidden_TH, self.population, field_T, self.num_fields, choices)
+        _, weights_TK, index_TK = self.router(
+            hidden_TH, self.population, field_T, self.num_fields, choices, context.all_logits
+        )
         if choices is not None:
             context.choices[self.layer] = choices
         if context.observe and self.training and not in_backward():
             self._observe(hidden_TH, weights_TK, index_TK, field_T, context)
-        output_TH = self.experts(hidden_TH, index_TK, weights_TK, self.population.alive)
+        if context.plastic and self.plasticity is not None and not in_backward():
+            with torch.no_grad():
+                query_TD = self.router.queries(hidden_TH)
+            self.plasticity.observe(query_TD, index_TK, token_mask(context, hidden_TH))
+        output_TH = self.experts(
+            hidden_TH, index_TK, weights_TK, self.population.alive, full=not self.router.selection.leaves_places_unused
+        )
         output = output_TH.reshape(residual.shape)
         return output if self.shared_experts is None else output + self.shared_experts(residual)
 
@@ -134,8 +152,8 @@ class LivingMoeBlock(nn.Module):
         foreign_TK = None
         if field_T is not None:
             fields_E = torch.cat([self.population.table(s).field[:n] for s, n in self.population.alive.items()])
-            foreign_TK = fields_E[index_TK] != field_T.unsqueeze(-1)
-        mask_T = None if context.token_mask is None else context.token_mask.to(hidden_TH.device).reshape(-1)
+            foreign_TK = fields_E[index_TK.clamp(min=0)] != field_T.unsqueeze(-1)
+        mask_T = token_mask(context, hidden_TH)
         num_experts = len(self.population.members)
         self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, foreign_TK)
 
@@ -152,6 +170,11 @@ class LivingMoeBlock(nn.Module):
 
     def capacities(self) -> dict[str, int]:
         return {name: self.population.capacity(name) for name in self.population.slabs}
+
+
+def token_mask(context: ForwardContext, hidden_TH: Tensor) -> Tensor | None:
+    """Bool (T,), False for padding; None when every token counts."""
+    return None if context.token_mask is None else context.token_mask.to(hidden_TH.device).reshape(-1)
 
 
 def in_backward() -> bool:

@@ -26,6 +26,7 @@ from living_moe.configuration.errors import CheckpointError, LivingMoeError
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
+from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
 from living_moe.modeling_living_moe.population import NOBODY, SLABS, IdentityTable, Population
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
@@ -192,21 +193,25 @@ class CheckpointMixin:
         require_optimizer(self, [slot.parameter for slot in slots if id(slot.parameter) not in before])  # type: ignore[arg-type]
         for block in self.living_blocks:
             block.population.stale()
-            block.vitals.pending = block.vitals.since_step = block.vitals.sample = None
+            block.vitals.forget()
+            if block.plasticity is not None:
+                block.plasticity.evidence = []
         self._life._steps = None  # type: ignore[attr-defined]
         self.record_populations()  # type: ignore[attr-defined]
         return result
 
     def apply_trainability(self) -> None:
-        """Set `requires_grad` from the config: frozen slabs never, frozen keys and the backbone as configured."""
+        """Set `requires_grad` from the config: frozen slabs never, everything else as the section `trainable` says."""
+        keys = {"frozen": self.config.trainable.frozen_keys, "trainable": self.config.trainable.keys}
         slots = {id(slot.parameter): slot for slot in self.slot_parameters()}  # type: ignore[attr-defined]
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             slot = slots.get(id(parameter))
             if slot is not None:
-                trainable = slot.slab != "frozen" or (slot.role == "key" and self.config.router.train_frozen_keys)
+                is_key = slot.role == "key"
+                trainable = keys[slot.slab] if is_key else slot.slab != "frozen"
             else:
-                is_delta = "field_deltas." in name or "head_delta." in name
-                trainable = is_delta or not self.config.experts.freeze_backbone
+                concern = next((c for part, c in _CONCERNS if part in f".{name}"), "mlps")
+                trainable = concern is None or getattr(self.config.trainable, concern)
             parameter.requires_grad_(trainable)
 
     def _named_blocks(self) -> list[tuple[str, LivingMoeBlock]]:
@@ -214,6 +219,16 @@ class CheckpointMixin:
         return [(f"{name}.", m) for name, m in self.named_modules() if id(m) in blocks]  # type: ignore[attr-defined]
 
 
+#: What part of a parameter's name tells which field of the section `trainable` it falls under; None always trains.
+_CONCERNS: tuple[tuple[str, str | None], ...] = (
+    ("field_deltas.", None),
+    ("head_delta.", None),
+    (".router.query.", "query_networks"),
+    (".embed_tokens.", "embeddings"),
+    (".lm_head.", "head"),
+    (".self_attn.", "attention"),
+    ("norm.", "norms"),
+)
 #: Tables of a population whose sizes change with its events.
 _TABLES = (
     "facet_normal", "facet_offset", "leaf_uid", "leaf_path", "tombstone_place", "tombstone_key", "tombstone_bias",
@@ -223,7 +238,8 @@ _TABLES = (
 def _row_names(slab: str) -> list[str]:
     names = [f"experts.{slab}.gate_up_proj", f"experts.{slab}.down_proj", f"router.keys.{slab}"]
     names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
-    return names + [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
+    names += [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
+    return names + [f"plasticity.{slab}.{column}" for column in (*PlasticityTable.columns, "start")]
 
 
 def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> list[nn.Parameter]:
@@ -244,8 +260,9 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
         if now:
             old = block.experts.slab(slab)
             replaced += [old.gate_up_proj, old.down_proj, block.router.keys[slab]]
-            for owner in (block.experts, block.population, block.vitals):
-                del owner._modules[slab]
+            for owner in (block.experts, block.population, block.vitals, block.plasticity):
+                if owner is not None:
+                    del owner._modules[slab]
             del block.router.keys[slab]
         if wanted:
             module = block.experts.new_slab(slab, wanted).to(device, dtype)
@@ -253,6 +270,8 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
             block.experts.add_module(slab, module)
             block.population.add_module(slab, IdentityTable(wanted).to(device))
             block.vitals.add_module(slab, VitalsTable(wanted).to(device))
+            if block.plasticity is not None:
+                block.plasticity.add_module(slab, PlasticityTable(wanted, block.router.d_key).to(device))
             keys = block.router.new_keys(slab, wanted)
             block.router.keys[slab] = nn.Parameter(keys.detach().to(device, dtype), requires_grad=keys.requires_grad)
     for name in _TABLES:

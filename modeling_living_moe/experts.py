@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.population import SLABS, sort_slabs
 
 if TYPE_CHECKING:
@@ -73,6 +75,33 @@ class ExpertSlab(nn.Module):
         return output_TH
 
 
+def init_experts(slab: ExpertSlab, std: float, settings: ExpertsConfig) -> None:
+    """Initial weights of every slot, as `experts.init` says. Gate, up and down projections are drawn one by one.
+
+    Args:
+        slab: Takes the weights; what a checkpoint has loaded is left alone.
+        std: Of the default's entries, where `experts.init_gain` does not say otherwise.
+    """
+    for weight in (slab.gate_up_proj, slab.down_proj):
+        if weight.is_meta or getattr(weight, "_is_hf_initialized", False):
+            continue
+        fan_in = weight.shape[-1]
+        if settings.init in ("default", "pretrained"):
+            init.normal_(weight, mean=0.0, std=std if settings.init_gain is None else settings.init_gain * fan_in**-0.5)
+            continue
+        drawn = torch.empty_like(weight, dtype=torch.float32)
+        gain = 1.0 if settings.init_gain is None else settings.init_gain
+        for matrix in (m for row in drawn for m in (row.chunk(2) if weight is slab.gate_up_proj else (row,))):
+            if settings.init == "orthogonal":
+                # As nn.init.orthogonal_, but every entry has the variance of the other kinds.
+                nn.init.orthogonal_(matrix, gain=gain * max(matrix.shape) ** 0.5 * fan_in**-0.5)
+            else:
+                kept = torch.rand_like(matrix) >= settings.init_sparsity
+                scale = gain * (fan_in * (1.0 - settings.init_sparsity)) ** -0.5
+                matrix.copy_(torch.randn_like(matrix) * scale * kept)
+        init.copy_(weight, drawn)
+
+
 def unwrapped(module: nn.Module) -> ExpertSlab:
     """The slab itself, also where PEFT has wrapped it (`target_parameters`)."""
     while not isinstance(module, ExpertSlab):
@@ -105,14 +134,17 @@ class ExpertPool(nn.Module):
     def is_wrapped(self, name: str) -> bool:
         return not isinstance(self._modules.get(name, None), (ExpertSlab, type(None)))
 
-    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, alive: dict[str, int]) -> Tensor:
+    def forward(
+        self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, alive: dict[str, int], *, full: bool = True
+    ) -> Tensor:
         """Weighted sum over each token's experts.
 
         Args:
             hidden_TH: Tokens, any float dtype.
-            index_TK: int64, experts in slot order (0 <= index < sum of `alive`).
+            index_TK: int64, experts in slot order (0 <= index < sum of `alive`); negative where a place is not used.
             weights_TK: Routing weights.
             alive: Alive rows per slab, in slot order.
+            full: Whether every place is used.
 
         Returns:
             (T, H), dtype of `hidden_TH`.
@@ -122,12 +154,12 @@ class ExpertPool(nn.Module):
         for name, count in alive.items():
             module = self.get_submodule(name)
             slab = unwrapped(module)
-            if len(alive) == 1:
+            if len(alive) == 1 and full:
                 # One slab: exactly the call the source family makes, so a graft is exact bit for bit.
                 return module(hidden_TH, index_TK, weights_TK)
             rows_TK = index_TK - first
             elsewhere_TK = (rows_TK < 0) | (rows_TK >= count)
-            # Pairs of another slab are what expert-parallel dispatch calls sentinels: skipped, weight zero.
+            # Pairs of another slab, or of none, are what expert-parallel dispatch calls sentinels: skipped.
             slab._is_expert_parallel = True  # type: ignore[assignment]
             part = module(
                 hidden_TH,

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.backbone import (
     NUM_FIELDS,
     init_living_weights,
@@ -32,11 +33,12 @@ from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
+from living_moe.modeling_living_moe.plasticity.api import PlasticityMixin
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields, evidence_history, remember
 from living_moe.modeling_living_moe.router import load_balancing_loss
 
 
-class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel):  # type: ignore[misc]
+class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PlasticityMixin, PreTrainedModel):  # type: ignore[misc]
     """Base of the living models: Transformers' contract, the population's API, strict checkpoints."""
 
     config: LivingMoeConfig
@@ -55,7 +57,7 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PreTrainedModel)
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        init_living_weights(module, self.config.backbone_config.initializer_range)
+        init_living_weights(module, self.config.backbone_config.initializer_range, self.config.experts)
         if isinstance(module, Clock):
             init.zeros_(module.steps)
 
@@ -141,6 +143,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         context = living_context
         if context is None:
             context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
+            wanted = kwargs.get("output_router_logits")
+            context.all_logits = bool(self.config.output_router_logits if wanted is None else wanted)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
@@ -157,6 +161,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         )
         if context.gate is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, context.gate)
+        if context.plastic and not self.training:
+            self.consolidate_keys()
         return outputs
 
     def read_context(
@@ -170,7 +176,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         """Which tokens are padding, and which field each token is in."""
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
-            return ForwardContext()
+            return ForwardContext(plastic=self._keys_move())
         history = None
         if self.fields is not None and past_key_values is not None:
             history = evidence_history(past_key_values)
@@ -181,7 +187,15 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             gate = self.fields(ids, mask, history, position_ids)
             if self.training and input_ids is not None:
                 self.fields.observe(input_ids, mask)
-        return ForwardContext(gate, mask, observe=self.training)
+        return ForwardContext(gate, mask, observe=self.training, plastic=self._keys_move())
+
+    def _keys_move(self) -> bool:
+        """Whether this pass is evidence for the keys."""
+        settings: PlasticityConfig = self.config.plasticity
+        if self.training:
+            return settings.enabled and settings.training
+        # A pass whose gradient may follow must find the keys it was made with.
+        return (self.is_plastic or (settings.enabled and settings.inference)) and not torch.is_grad_enabled()
 
     def calibrate(self, token_ids: Tensor) -> None:
         """Show the model text of what it already knows, so that newborn fields can tell it from new text.
@@ -289,7 +303,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         z_loss_coef = self.config.router.z_loss_coef
         want_logits = output_router_logits or (z_loss_coef > 0 and labels is not None)
         context = self.model.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
-        context.keep_choices = output_router_logits
+        context.keep_choices, context.all_logits = output_router_logits, want_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -353,7 +367,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         blocks = self.living_blocks
         counts = set(self.expert_counts)
         top_k = blocks[0].router.scoring.top_k
-        if len(counts) == 1 and all(block.population.is_fresh for block in blocks):
+        plain = not any(block.router.selection.leaves_places_unused for block in blocks)
+        if plain and len(counts) == 1 and all(block.population.is_fresh for block in blocks):
             # Until the first event the source's own loss, which pools the layers before it multiplies.
             pooled: Any = load_balancing_loss_func  # typed for one layer
             return pooled(router_logits, counts.pop(), top_k, context.token_mask)

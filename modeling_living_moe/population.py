@@ -187,12 +187,48 @@ class View:
     server_LM: Tensor
 
 
+@dataclass(frozen=True)
+class AddressBook:
+    """Who serves at each of the A addresses. An address that shares its clade serves on its L leaves only.
+
+    `leaf_of_AL` names them (-1 pads), and each leaf lies on P facets (side 0 pads). `spare` is how many addresses of a
+    clade beside the right one may be found before it.
+    """
+
+    server_A: Tensor
+    serves_all_A: Tensor
+    leaf_of_AL: Tensor
+    facet_LP: Tensor
+    side_LP: Tensor
+    normal_FH: Tensor
+    offset_F: Tensor
+    spare: int
+
+    @torch.no_grad()
+    def serves(self, hidden_TH: Tensor, candidates_TC: Tensor) -> Tensor:
+        """Whether each candidate address (-1: none) is the one of its clade for the token: bool (T, C)."""
+        found_TC = candidates_TC >= 0
+        address_TC = candidates_TC.clamp(min=0)
+        serves_TC = self.serves_all_A[address_TC] & found_TC
+        if not self.leaf_of_AL.shape[1]:
+            return serves_TC
+        shared_TC = (self.leaf_of_AL[address_TC, 0] >= 0) & found_TC & (self.server_A[address_TC] != NOBODY)
+        token_M, place_M = shared_TC.nonzero(as_tuple=True)
+        leaf_ML = self.leaf_of_AL[address_TC[token_M, place_M]]
+        facet_MLP, side_MLP = self.facet_LP[leaf_ML.clamp(min=0)], self.side_LP[leaf_ML.clamp(min=0)]
+        height_MLP = torch.einsum("mlph,mh->mlp", self.normal_FH[facet_MLP], hidden_TH[token_M].float())
+        agrees_MLP = ((height_MLP + self.offset_F[facet_MLP] >= 0) == (side_MLP > 0)) | (side_MLP == 0)
+        satisfied_M = (agrees_MLP.all(dim=-1) & (leaf_ML >= 0)).any(dim=-1)
+        return serves_TC.index_put((token_M, place_M), satisfied_M)
+
+
 class Population(KeepsDtype):
     """Tables of one living layer.
 
     Args:
         capacities: Slots per slab, e.g. `{"frozen": 8, "trainable": 3}`; slabs without slots are left out.
         hidden_size: H, length of a facet's normal.
+        key_size: Length of a key; None is H.
         num_facets, num_leaves, num_tombstones: P, L and D of the checkpoint this layer is built for.
         num_groups: Expert groups of group-limited routing; experts of a new layer fill them evenly.
     """
@@ -202,6 +238,7 @@ class Population(KeepsDtype):
         capacities: dict[str, int],
         hidden_size: int,
         *,
+        key_size: int | None = None,
         num_facets: int = 0,
         num_leaves: int = 0,
         num_tombstones: int = 0,
@@ -209,6 +246,7 @@ class Population(KeepsDtype):
     ):
         super().__init__()
         self.hidden_size = hidden_size
+        self.key_size = key_size or hidden_size
         self.num_groups = num_groups
         #: Changes with every event and every load, so that derived tables know when they are stale.
         self.version = 0
@@ -217,6 +255,8 @@ class Population(KeepsDtype):
         self._leaves: list[Leaf] | None = None
         self._tombstones: list[Tombstone] | None = None
         self._views: dict[tuple[int, torch.device], View] = {}
+        self._books: dict[torch.device, AddressBook] = {}
+        self._is_biased: bool | None = None
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, IdentityTable(capacity))
@@ -231,7 +271,7 @@ class Population(KeepsDtype):
         self.register_buffer("leaf_path", torch.zeros(num_leaves, num_facets, dtype=torch.int8))
         # Columns uid, clade, field, group, heir.
         self.register_buffer("tombstone_place", torch.zeros(num_tombstones, 5, dtype=torch.int64))
-        self.register_buffer("tombstone_key", torch.zeros(num_tombstones, hidden_size, dtype=torch.float32))
+        self.register_buffer("tombstone_key", torch.zeros(num_tombstones, self.key_size, dtype=torch.float32))
         self.register_buffer("tombstone_bias", torch.zeros(num_tombstones, dtype=torch.float32))
         for buffer, value in self._first_values():
             buffer.copy_(value)
@@ -284,8 +324,9 @@ class Population(KeepsDtype):
     def stale(self) -> None:
         """Forget what was derived from the tables; call after changing them."""
         self.version += 1
-        self._members = self._leaves = self._alive = self._tombstones = None
+        self._members = self._leaves = self._alive = self._tombstones = self._is_biased = None
         self._views.clear()
+        self._books.clear()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -389,6 +430,63 @@ class Population(KeepsDtype):
         """Experts that tokens of `field` can be served by."""
         return len({address.server for cell in self.visible_cells(field) for address in cell} - {NOBODY})
 
+    def address_bias(self) -> Tensor:
+        """Selection bias of every address, fp32 (A,)."""
+        parts = [self.table(slab).bias[:count] for slab, count in self.alive.items()]
+        return torch.cat([*parts, self.tombstone_bias])
+
+    def biases_moved(self) -> None:
+        """Forget what was derived from the biases; call after changing them."""
+        self._is_biased = None
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether any selection bias is other than 0. Reads the device once per change."""
+        if self._is_biased is None:
+            self._is_biased = bool(self.address_bias().any())
+        return self._is_biased
+
+    def address_book(self, device: torch.device) -> AddressBook:
+        """Who serves at which address, for routers that see only some addresses. Root field only."""
+        if device not in self._books:
+            with torch.inference_mode(False):
+                self._books[device] = self._build_book(device)
+        return self._books[device]
+
+    def _build_book(self, device: torch.device) -> AddressBook:
+        addresses = self.addresses
+        cells = self.visible_cells(ROOT_FIELD)
+        index_of = {address.uid: address.index for cell in cells for address in cell}
+        leaves = [leaf for leaf in self.leaves if leaf.uid in index_of]
+        deepest = max((len(leaf.path) for leaf in leaves), default=0)
+        facets = torch.zeros(len(leaves), deepest, dtype=torch.int64)
+        sides = torch.zeros(len(leaves), deepest)
+        of_address: dict[int, list[int]] = {}
+        for number, leaf in enumerate(leaves):
+            of_address.setdefault(index_of[leaf.uid], []).append(number)
+            for depth, (facet, side) in enumerate(leaf.path):
+                facets[number, depth], sides[number, depth] = facet, side
+        most = max((len(numbers) for numbers in of_address.values()), default=0)
+        leaf_of = torch.full((len(addresses), most), -1)
+        for index, numbers in of_address.items():
+            leaf_of[index, : len(numbers)] = torch.tensor(numbers)
+        server = torch.tensor([address.server for address in addresses])
+        # Of a cell with several addresses and no leaves the first has it all.
+        alone = torch.zeros(len(addresses), dtype=torch.bool)
+        for cell in cells:
+            if not any(address.index in of_address for address in cell):
+                alone[cell[0].index] = True
+        return AddressBook(
+            server_A=server.to(device),
+            serves_all_A=(alone & (server != NOBODY)).to(device),
+            leaf_of_AL=leaf_of.to(device),
+            facet_LP=facets.to(device),
+            side_LP=sides.to(device),
+            normal_FH=self.facet_normal.to(device),
+            offset_F=self.facet_offset.to(device),
+            spare=max((len(cell) for cell in cells), default=1) - 1,
+        )
+
     def view(self, field: int, device: torch.device) -> View:
         key = (field, device)
         if key not in self._views:
@@ -455,11 +553,11 @@ class Population(KeepsDtype):
     def write_tombstones(
         self, tombstones: Sequence[Tombstone], keys: Sequence[Tensor], biases: Sequence[float]
     ) -> None:
-        """Replace the tombstones: each one's place, key (H,), and selection bias."""
+        """Replace the tombstones: each one's place, key (key size,), and selection bias."""
         device = self.tombstone_key.device
         places = [[t.uid, t.clade, t.field, t.group, t.heir] for t in tombstones]
         self.tombstone_place = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 5)
-        empty = torch.zeros(0, self.hidden_size, device=device)
+        empty = torch.zeros(0, self.key_size, device=device)
         self.tombstone_key = torch.stack([key.to(device, torch.float32) for key in keys]) if keys else empty
         self.tombstone_bias = torch.tensor(biases, dtype=torch.float32, device=device)
         self.stale()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.population import ROOT_FIELD, Member, Tombstone
+from living_moe.modeling_living_moe.selection import TopAny
 
 
 def reference_forward(block: LivingMoeBlock, hidden_TH: Tensor, field_T: Tensor | None = None) -> Tensor:
@@ -40,18 +41,17 @@ def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[t
     addresses = [reference_address(block, hidden, clade, field) for clade in clades]
     servers = [reference_server(block, address) for address in addresses]
     keys = [reference_key(block, address) for address in addresses]
-    logits = torch.stack(
-        [
-            F.linear(hidden.float(), k.float()) if rule.fp32_logits else F.linear(hidden, k.to(hidden.dtype))
-            for k, _ in keys
-        ]
-    )
+    query = reference_query(block, hidden)
+    logits = torch.stack([reference_score(block, query, key) for key, _ in keys])
+    biases = torch.stack([bias for _, bias in keys])
+    if isinstance(block.router.selection, TopAny):
+        return reference_top_any(block.router.selection, logits, biases, servers)
     if rule.function == "softmax":
         scores = F.softmax(logits, dim=-1, dtype=torch.float32)
-        choice = scores
     else:
         scores = logits.float().sigmoid()
-        choice = scores + torch.stack([bias for _, bias in keys])
+    choice = scores + biases
+    if rule.function == "sigmoid":
         if rule.num_groups > 1:
             best = []
             for group in range(rule.num_groups):
@@ -68,6 +68,52 @@ def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[t
     if rule.cast_weights:
         weights = weights.to(logits.dtype)
     return [(weights[place], server) for place, n in enumerate(chosen) if (server := servers[n]) is not None]
+
+
+def reference_query(block: LivingMoeBlock, hidden: Tensor) -> Tensor:
+    router = block.router
+    if router.scoring.fp32_logits:
+        hidden = hidden.float()
+    query = hidden
+    if router.query is not None:
+        query = router.query.linear.weight.to(hidden.dtype) @ hidden
+        if router.query.up is not None and router.query.down is not None:
+            units = router.query.up.weight.to(hidden.dtype) @ hidden + router.query.up.bias.to(hidden.dtype)
+            query = query + router.query.down.weight.to(hidden.dtype) @ F.silu(units)
+    return query / query.norm().clamp_min(1e-12) if router.similarity == "cosine" else query
+
+
+def reference_score(block: LivingMoeBlock, query: Tensor, key: Tensor) -> Tensor:
+    key = key.to(query.dtype)
+    if block.router.normalise_keys:
+        key = key / key.norm().clamp_min(1e-12)
+    return F.linear(query, key) / block.router.temperature
+
+
+def reference_top_any(
+    rule: TopAny, logits: Tensor, biases: Tensor, servers: list[Member | None]
+) -> list[tuple[Tensor, Member]]:
+    """Clades above the threshold, the best one in any case; at most `places`."""
+    heights = logits.float() - rule.threshold
+    choice = (heights + biases).detach().tolist()
+    ranked = sorted((n for n, server in enumerate(servers) if server), key=lambda n: choice[n], reverse=True)
+    chosen = [n for place, n in enumerate(ranked[: rule.places]) if place == 0 or choice[n] > 0]
+    scores = logits.float()[chosen]
+    if rule.gate == "relu":
+        weights = [heights[n].clamp(min=0) for n in chosen]
+        floor = 0.01 * torch.exp(heights[chosen[0]].clamp(max=0))
+        weights[0] = torch.maximum(weights[0], floor)
+    else:
+        shares = scores.softmax(0)
+        if rule.scoring.function == "sigmoid":
+            shares = scores.sigmoid() / (scores.sigmoid().sum() + rule.scoring.epsilon)
+        steps = [heights[n].sigmoid() for n in chosen]
+        weights = [share * (1 + step - step.detach()) for share, step in zip(shares, steps, strict=True)]
+    return [
+        (weight * rule.scoring.scaling, server)
+        for weight, n in zip(weights, chosen, strict=True)
+        if (server := servers[n]) is not None
+    ]
 
 
 def reference_address(block: LivingMoeBlock, hidden: Tensor, clade: int, field: int) -> Member | Tombstone:

@@ -1,21 +1,29 @@
 """Where experts are found: keys, scores, and the choice of clades.
 
 Row i of a pretrained linear router is the key of expert i, its query network the identity; so every graft starts
-exact. Softmax top-k is Shazeer et al. 2017 (arXiv:1701.06538) as in Mixtral (arXiv:2401.04088); sigmoid, bias and
-group-limited top-k are DeepSeek-V3's (arXiv:2412.19437). The choice is over clades, not experts: twins that each
-took a place in the top-k would push the runner-up out. Reads the population, never changes it.
+exact (SOME separates query network and key store; the linear gate is Shazeer et al. 2017, arXiv:1701.06538). The choice
+is over clades, not experts: twins that each took a place in the top-k would push the runner-up out. Reads the
+population, never changes it.
 
-T tokens, E alive experts, D tombstones, N visible clades, K clades per token, H hidden, F fields.
+T tokens, E alive experts, A addresses (of the alive, then of tombstones), N visible clades, K clades per token,
+C candidates of a search, H hidden, D length of queries and keys.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.sections import RouterConfig, TrainableConfig
 from living_moe.modeling_living_moe.families import Scoring
+from living_moe.modeling_living_moe.key_search import KeyStoreSearch
 from living_moe.modeling_living_moe.population import SLABS, Population, View, sort_slabs
+from living_moe.modeling_living_moe.query import query_network
+from living_moe.modeling_living_moe.selection import UNUSED, selection_rule
 
 
 class Keys(nn.ParameterDict):
@@ -39,30 +47,77 @@ class Keys(nn.ParameterDict):
 class LivingRouter(nn.Module):
     """Scores tokens against the keys of alive experts and chooses each token's experts.
 
-    Stages of `forward`: logits of all alive experts; per field, the serving member of each clade; choice among
-    clades; each token takes the choice of its own field.
+    Stages of `forward`: queries; logits of all alive experts; per field, the serving member of each clade; choice among
+    clades; each token takes the choice of its own field. With very many keys the logits are those of the candidates a
+    search finds, nothing else changes.
+
+    Args:
+        scoring: The source family's rule.
+        capacities: Slots per slab.
+        hidden_size: H.
+        settings: Query network, similarity, selection, search.
+        trainable: Which keys take gradients.
     """
 
     def __init__(
-        self, scoring: Scoring, capacities: dict[str, int], hidden_size: int, *, train_frozen_keys: bool = True
+        self,
+        scoring: Scoring,
+        capacities: dict[str, int],
+        hidden_size: int,
+        settings: RouterConfig | None = None,
+        trainable: TrainableConfig | None = None,
     ):
         super().__init__()
+        settings, trainable = settings or RouterConfig(), trainable or TrainableConfig()
         self.scoring = scoring
         self.hidden_size = hidden_size
-        self.train_frozen_keys = train_frozen_keys
+        self.d_key = settings.d_key or hidden_size
+        self.similarity = settings.similarity
+        self.normalise_keys = settings.normalise_keys or settings.similarity == "cosine"
+        self.temperature = settings.temperature
+        self.balances = settings.bias_update_rate > 0
+        self.trainable_keys = {"frozen": trainable.frozen_keys, "trainable": trainable.keys}
+        self.query = query_network(settings, hidden_size)
+        self.selection = selection_rule(scoring, settings)
+        self.search = self._search(settings)
         self.keys = Keys()
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.keys[name] = self.new_keys(name, capacity)
 
-    def new_keys(self, slab: str, capacity: int) -> nn.Parameter:
-        trainable = slab != "frozen" or self.train_frozen_keys
-        return nn.Parameter(torch.zeros(capacity, self.hidden_size), requires_grad=trainable)
+    def _search(self, settings: RouterConfig) -> KeyStoreSearch | None:
+        """The search of a router that can do with candidates; None compares every key."""
+        reason = self.selection.needs_all() or ("balancing biases" if self.balances else None)
+        if reason is None:
+            return None if settings.search == "exact" else KeyStoreSearch(settings)
+        if settings.search not in ("auto", "exact"):
+            raise ConfigurationError(
+                f"router.search is {settings.search!r} but this router needs every score ({reason}); set "
+                f"router.search to 'exact' or 'auto'."
+            )
+        return None
 
-    def logits(self, hidden_TH: Tensor, keys_EH: Tensor) -> Tensor:
+    def new_keys(self, slab: str, capacity: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(capacity, self.d_key), requires_grad=self.trainable_keys[slab])
+
+    def queries(self, hidden_TH: Tensor) -> Tensor:
+        """(T, H) -> (T, D), in fp32 where the family compares in fp32."""
         if self.scoring.fp32_logits:
-            return F.linear(hidden_TH.type(torch.float32), keys_EH.type(torch.float32))
-        return F.linear(hidden_TH, keys_EH)
+            hidden_TH = hidden_TH.type(torch.float32)
+        query_TD = hidden_TH if self.query is None else self.query(hidden_TH)
+        return F.normalize(query_TD, dim=-1) if self.similarity == "cosine" else query_TD
+
+    def comparable(self, keys_ED: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys as queries are compared with them."""
+        if self.scoring.fp32_logits:
+            keys_ED = keys_ED.type(torch.float32)
+        elif keys_ED.dtype != dtype:
+            keys_ED = keys_ED.to(dtype)
+        return F.normalize(keys_ED, dim=-1) if self.normalise_keys else keys_ED
+
+    def logits(self, query_TD: Tensor, keys_ED: Tensor) -> Tensor:
+        logits_TE = F.linear(query_TD, self.comparable(keys_ED, query_TD.dtype))
+        return logits_TE if self.temperature == 1.0 else logits_TE / self.temperature
 
     def forward(
         self,
@@ -71,6 +126,7 @@ class LivingRouter(nn.Module):
         field_T: Tensor | None = None,
         num_fields: int = 0,
         choices: list[tuple[Tensor, Tensor]] | None = None,
+        all_logits: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send each token to its experts.
 
@@ -80,16 +136,24 @@ class LivingRouter(nn.Module):
             field_T: int64, the field of each token; None reads every token in the root field.
             num_fields: Newborn fields; fields 0..num_fields are computed and one is picked per token.
             choices: Filled with (clade logits (T, N), chosen clades (T, K)) of each field, if given.
+            all_logits: Whether somebody reads the logits, so that a search for candidates will not do.
 
         Returns:
-            logits_TE: Raw scores of the alive experts in slot order, as the source's router returns them.
+            logits_TE: Raw scores of the alive experts in slot order, as the source's router returns them; of the
+                candidates only where a search found them.
             weights_TK: Routing weights.
-            index_TK: int64, the chosen experts in slot order.
+            index_TK: int64, the chosen experts in slot order; UNUSED where a token needs fewer than K.
         """
-        logits_TE = self.logits(hidden_TH, self.keys(population.alive))
+        query_TD = self.queries(hidden_TH)
+        keys_ED = self.keys(population.alive)
+        if self.search is not None and choices is None and not all_logits and num_fields == 0:
+            found = self._choose_among_candidates(hidden_TH, query_TD, keys_ED, population)
+            if found is not None:
+                return found
+        logits_TE = self.logits(query_TD, keys_ED)
         logits_TA = logits_TE
         if population.tombstone_bias.numel():
-            left_TD = self.logits(hidden_TH, population.tombstone_key.to(logits_TE.dtype))
+            left_TD = self.logits(query_TD, population.tombstone_key)
             logits_TA = torch.cat([logits_TE, left_TD], dim=1)
         weights_TK, index_TK = self.choose(hidden_TH, logits_TA, population, 0, choices)
         if field_T is not None:
@@ -115,49 +179,56 @@ class LivingRouter(nn.Module):
         view = population.view(field, logits_TA.device)
         address_TN, server_TN = (None, None) if view.is_identity else served_cells(hidden_TH, population, view)
         logits_TN = logits_TA if address_TN is None else logits_TA.gather(1, address_TN)
-        weights_TK, clades_TK = self.select(logits_TN, population, view, address_TN)
+        bias_TN = None
+        if self.balances or population.is_biased or self.scoring.function == "sigmoid":
+            bias_A = population.address_bias()
+            bias_TN = bias_A if address_TN is None else bias_A[address_TN]
+        weights_TK, clades_TK = self.selection(logits_TN, bias_TN, view)
         if choices is not None:
             choices.append((logits_TN[:, : view.num_open], clades_TK))
-        return weights_TK, clades_TK if server_TN is None else server_TN.gather(1, clades_TK)
+        if server_TN is None:
+            return weights_TK, clades_TK
+        index_TK = server_TN.gather(1, clades_TK.clamp(min=0))
+        return weights_TK, index_TK.masked_fill(clades_TK == UNUSED, UNUSED)
 
-    def select(
-        self, logits_TN: Tensor, population: Population, view: View, address_TN: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The family's rule over clades: weights and columns (T, K) of the chosen ones."""
-        rule, num_open = self.scoring, view.num_open
-        if rule.function == "softmax":
-            scores_TN = F.softmax(logits_TN, dim=-1, dtype=torch.float32)
-            weights_TK, clades_TK = torch.topk(scores_TN[:, :num_open], rule.top_k, dim=-1, sorted=rule.sorted)
-        else:
-            scores_TN = logits_TN.float().sigmoid()
-            bias_A = torch.cat(
-                [population.table(slab).bias[:count] for slab, count in population.alive.items()]
-                + [population.tombstone_bias]
-            )
-            choice_TN = scores_TN + (bias_A if address_TN is None else bias_A[address_TN])
-            if rule.num_groups > 1:
-                choice_TN = self.limit_to_groups(choice_TN, view)
-            clades_TK = torch.topk(choice_TN[:, :num_open], rule.top_k, dim=-1, sorted=rule.sorted)[1]
-            weights_TK = scores_TN.gather(1, clades_TK)
-        if rule.normalise:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + rule.epsilon)
-        if rule.scaling != 1.0:
-            weights_TK = weights_TK * rule.scaling
-        return (weights_TK.to(logits_TN.dtype) if rule.cast_weights else weights_TK), clades_TK
+    def _choose_among_candidates(
+        self, hidden_TH: Tensor, query_TD: Tensor, keys_ED: Tensor, population: Population
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `forward`, from the addresses that a search finds; None if it does not serve here.
 
-    def limit_to_groups(self, choice_TN: Tensor, view: View) -> Tensor:
-        """-inf outside the best `top_groups` groups; a group scores the sum of its two best clades."""
-        assert view.group_members_GM is not None
-        padded = F.pad(choice_TN, (0, 1), value=float("-inf"))
-        by_group_TGM = padded[:, view.group_members_GM]
-        best_TG2 = by_group_TGM.topk(min(2, by_group_TGM.shape[-1]), dim=-1)[0]
-        # Padding of a group of one adds nothing; an empty group stays at -inf.
-        best_TG2 = torch.cat(
-            [best_TG2[..., :1], best_TG2[..., 1:].masked_fill(best_TG2[..., 1:] == float("-inf"), 0.0)], dim=-1
-        )
-        groups_TG = torch.topk(best_TG2.sum(dim=-1), k=self.scoring.top_groups, dim=-1, sorted=False)[1]
-        kept_TG = torch.zeros_like(best_TG2[..., 0], dtype=torch.bool).scatter_(1, groups_TG, True)
-        return choice_TN.masked_fill(~kept_TG[:, view.group_N], float("-inf"))
+        A candidate that does not serve the token (its clade sends it to another member) leaves; the search is asked
+        for more than are needed, and where still too few serve, every key is compared.
+        """
+        assert self.search is not None
+        if population.is_biased:
+            return None
+        book = population.address_book(query_TD.device)
+        if population.tombstone_bias.numel():
+            keys_ED = torch.cat([keys_ED, population.tombstone_key.to(keys_ED.dtype)])
+        keys_ED = self.comparable(keys_ED, query_TD.dtype)
+        wanted = self.selection.places
+        count = wanted * (1 + min(book.spare, 3))
+        candidates_TC = self.search.candidates(query_TD.detach(), keys_ED.detach(), count, wanted)
+        if candidates_TC is None:
+            return None
+        serves_TC = book.serves(hidden_TH, candidates_TC)
+        if bool((serves_TC.sum(dim=1) < wanted).any()):
+            return None
+        # The search finds; what is learned flows through the keys found, by their own product with the query.
+        logits_TC = torch.einsum("td,tcd->tc", query_TD, keys_ED[candidates_TC.clamp(min=0)]) / self.temperature
+        logits_TC = logits_TC.masked_fill(~serves_TC, float("-inf"))
+        weights_TK, columns_TK = self.selection(logits_TC, None, CandidateColumns(logits_TC.shape[1]))
+        index_TK = book.server_A[candidates_TC].gather(1, columns_TK.clamp(min=0))
+        return logits_TC, weights_TK, index_TK.masked_fill(columns_TK == UNUSED, UNUSED)
+
+
+@dataclass(frozen=True)
+class CandidateColumns:
+    """Candidates as columns: all can be chosen, none is in a group."""
+
+    num_open: int
+    group_members_GM: None = None
+    group_N: None = None
 
 
 @torch.no_grad()
@@ -181,7 +252,7 @@ def load_balancing_loss(logits_TN: Tensor, clades_TK: Tensor, token_mask_T: Tens
 
     Args:
         logits_TN: Clade logits, any float dtype.
-        clades_TK: int64, chosen clades.
+        clades_TK: int64, chosen clades; UNUSED places do not count.
         token_mask_T: 1 where the token counts; None counts all.
 
     Returns:
@@ -190,7 +261,9 @@ def load_balancing_loss(logits_TN: Tensor, clades_TK: Tensor, token_mask_T: Tens
     tokens, num_clades = logits_TN.shape
     mask_T = logits_TN.new_ones(tokens, dtype=torch.float32) if token_mask_T is None else token_mask_T.float()
     probabilities_TN = F.softmax(logits_TN.float(), dim=-1)
-    chosen_N = logits_TN.new_zeros(num_clades, dtype=torch.float32)
-    chosen_N = chosen_N.scatter_add(0, clades_TK.flatten(), mask_T.repeat_interleave(clades_TK.shape[1]))
+    # The last bin takes what UNUSED places would count.
+    chosen_N = logits_TN.new_zeros(num_clades + 1, dtype=torch.float32)
+    places = torch.where(clades_TK == UNUSED, num_clades, clades_TK).flatten()
+    chosen_N = chosen_N.scatter_add(0, places, mask_T.repeat_interleave(clades_TK.shape[1]))[:num_clades]
     total = mask_T.sum().clamp_min(1.0)
     return num_clades * torch.sum((chosen_N / total) * ((probabilities_TN * mask_T[:, None]).sum(0) / total))

@@ -70,6 +70,8 @@ class Vitals(KeepsDtype):
         self.register_buffer("last_event", torch.tensor(LONG_AGO))
         #: Rows tokens, routing weight, foreign tokens: (3, E), fp64.
         self.pending: Tensor | None = None
+        #: Tokens that chose them, fp64 scalar: fewer than the pairs, by the density of the selection.
+        self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
         self.since_step: Tensor | None = None
         #: A sample of the last forward's router inputs (S, H) and choices (S, K); -1 is padding, or dead since.
@@ -96,27 +98,36 @@ class Vitals(KeepsDtype):
         token_mask_T: Tensor | None,
         foreign_TK: Tensor | None,
     ) -> None:
-        """Count one forward. `foreign_TK` is 1 where a token's field is not its expert's."""
+        """Count one forward. Negative `index_TK` are unused places; `foreign_TK` is 1 where a token's field is not its
+        expert's.
+        """
         tokens, top_k = index_TK.shape
-        index = index_TK.flatten()
+        used = index_TK.flatten() >= 0
+        index = index_TK.flatten().clamp(min=0)
         # fp64 keeps long accumulations exact; Apple's devices have none.
         dtype = torch.float32 if index.device.type == "mps" else torch.float64
-        if token_mask_T is None:
-            ones = torch.ones(index.shape, dtype=dtype, device=index.device)
-        else:
-            ones = token_mask_T.to(dtype).repeat_interleave(top_k)
+        ones = used.to(dtype)
+        real = torch.full((), tokens, dtype=dtype, device=index.device)
+        if token_mask_T is not None:
+            ones = ones * token_mask_T.to(dtype).repeat_interleave(top_k)
+            real = token_mask_T.to(dtype).sum()
         foreign = torch.zeros_like(ones) if foreign_TK is None else foreign_TK.flatten() * ones
         rows = [ones, weights_TK.flatten() * ones, foreign]
         counts = torch.zeros(3, num_experts, dtype=dtype, device=index.device)
         counts.scatter_add_(1, index.expand(3, -1), torch.stack(rows))
         received = counts[0].long()
         self.pending = counts if self.pending is None else self.pending + counts
+        self.pending_tokens = real if self.pending_tokens is None else self.pending_tokens + real
         self.since_step = received if self.since_step is None else self.since_step + received
         # Every n-th token of all ranks' tokens, so that many processes sample what one would.
         stride = max(1, math.ceil(tokens * world_size() / SAMPLE_ROWS))
         first = -rank() * tokens % stride
         chosen_TK = index_TK if token_mask_T is None else index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
         self.sample = (hidden_TH[first::stride].detach().clone(), chosen_TK[first::stride].clone())
+
+    def forget(self) -> None:
+        """Drop what was observed since the last step."""
+        self.pending = self.pending_tokens = self.since_step = self.sample = None
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""

@@ -279,7 +279,7 @@ def reserve(model: nn.Module, wanted: Sequence[Mapping[str, int]]) -> None:
 
 
 def _row_tensors(full: Iterable[str], prefix: str, slab: str) -> list[str]:
-    starts = tuple(f"{prefix}{owner}.{slab}." for owner in ("experts", "population", "vitals"))
+    starts = tuple(f"{prefix}{owner}.{slab}." for owner in ("experts", "population", "vitals", "plasticity"))
     return [name for name in full if name.startswith(starts) or name == f"{prefix}router.keys.{slab}"]
 
 

@@ -250,8 +250,14 @@ def training_blocks(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBas
         name = ", ".join(Path(file).name for file in arguments.data_files)
         return blocks_of(arguments.data_files, arguments, tokenizer, split=arguments.split), name
     rows = load_text(arguments.dataset, config=arguments.dataset_config, split=arguments.split)
-    columns = {"text_column": arguments.text_column, "append_eos": arguments.append_eos}
-    return tokenize(rows, tokenizer, arguments.block_size, **columns), arguments.dataset
+    blocks = tokenize(
+        rows,
+        tokenizer,
+        arguments.block_size,
+        text_column=arguments.text_column,
+        append_eos=arguments.append_eos,
+    )
+    return blocks, arguments.dataset
 
 
 def blocks_of(

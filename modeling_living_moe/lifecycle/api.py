@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import PopulationError
+from living_moe.modeling_living_moe.balance import balance_step
 from living_moe.modeling_living_moe.block import LivingMoeBlock, SlotParameter
 from living_moe.modeling_living_moe.distributed import (
     fingerprint,
@@ -30,6 +31,7 @@ from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surround
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft
+from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import SHOWN, row_norms
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class LifecycleMixin:
 
     config: Any
     living_blocks: list[LivingMoeBlock]
+    consolidate_keys: Callable[[], None]
 
     @property
     def _life(self) -> LivingMoeModel:
@@ -256,11 +259,21 @@ class LifecycleMixin:
             The events that happened, in order; empty on most steps.
         """
         life = self._life
-        config = self.config.lifecycle
         step = self.steps_lived + 1
         self._fold_vitals(step)
+        if self.config.plasticity.enabled and self.config.plasticity.training:
+            self.consolidate_keys()
         life.clock.steps.fill_(step)
         life._steps = step
+        return self.decide_events(optimizer)
+
+    def decide_events(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
+        """The second half of `lifecycle_step`: policy, plan and surgery for the present step, if it is a decision step.
+
+        Apart for those who measure right before and right after events.
+        """
+        config = self.config.lifecycle
+        step = self.steps_lived
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []
         propose = policy_named(config.policy)
@@ -316,21 +329,31 @@ class LifecycleMixin:
     @torch.no_grad()
     def _fold_vitals(self, step: int) -> None:
         blocks = self.living_blocks
-        counts = []
+        counts: list[Tensor] = []
+        tokens: list[Tensor] = []
         for block in blocks:
             pending = block.vitals.pending
             shape = (3, len(block.population.members))
             device = block.population.next_uid.device
             counts.append(torch.zeros(shape, dtype=torch.float64, device=device) if pending is None else pending)
+            real = block.vitals.pending_tokens
+            tokens.append(counts[-1].new_zeros(()) if real is None else real)
         if world_size() > 1:
-            total = sum_over_ranks(torch.cat([count.flatten().to(counts[0].device) for count in counts]))
-            parts = total.split([count.numel() for count in counts])
+            home = counts[0].device
+            total = sum_over_ranks(torch.cat([part.flatten().to(home) for part in (*counts, *tokens)]))
+            *parts, last = total.split([*(count.numel() for count in counts), len(tokens)])
             counts = [part.view(count.shape).to(count.device) for part, count in zip(parts, counts, strict=True)]
+            tokens = [part.to(count.device) for part, count in zip(last, counts, strict=True)]
         every = self.config.vitals.grad_norm_every
-        for block, count in zip(blocks, counts, strict=True):
+        rate = self.config.router.bias_update_rate
+        for block, count, real in zip(blocks, counts, tokens, strict=True):
             norms = _gradient_norms(block) if every and step % every == 0 else None
             block.vitals.fold(count, block.population.alive, norms)
-            block.vitals.pending = None
+            if rate:
+                balance_step(block.population, count[0], rate)
+            if isinstance(block.router.selection, TopAny):
+                block.router.selection.steer(count[0].sum() / real.clamp_min(1.0))
+            block.vitals.pending = block.vitals.pending_tokens = None
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending_counts()))

@@ -16,13 +16,19 @@ from living_moe.modeling_living_moe.lifecycle.operations import Reason
 
 @dataclass(frozen=True)
 class Proposal:
-    """One event a policy would like. `urgency` orders proposals, highest first, across all layers."""
+    """One event a policy would like.
+
+    Attributes:
+        urgency: Orders proposals, highest first, across all layers.
+        displaced: Load whose tokens others must serve afterwards, in multiples of the uniform share (deaths).
+    """
 
     kind: str
     layer: int
     uids: tuple[int, ...]
     reason: Reason
     urgency: float
+    displaced: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Budget:
 
     events: int
     splits_by_memory: int | None
+    displaced: float
     experts: list[int] = field(default_factory=list)
 
 
@@ -65,7 +72,9 @@ def plan(
         layers: State of each living layer.
         splits_by_memory: Splits that `experts.memory_budget_mib` still allows; None is no bound.
     """
-    budget = Budget(config.max_events_per_step, splits_by_memory, [layer.experts for layer in layers])
+    budget = Budget(
+        config.max_events_per_step, splits_by_memory, config.death_load, [layer.experts for layer in layers]
+    )
     chosen: list[Proposal] = []
     touched: set[tuple[int, int]] = set()
     for proposal in sorted(proposals, key=lambda p: (-p.urgency, p.layer, p.uids, p.kind)):
@@ -100,7 +109,8 @@ def _fits(proposal: Proposal, state: LayerState, config: LifecycleConfig, budget
             return False
         lost = len(proposal.uids) - (proposal.kind == "merge")
         floor = config.min_experts if config.min_experts is not None else state.top_k + 1
-        if count - lost < floor:
+        if count - lost < floor or proposal.displaced > budget.displaced:
             return False
+        budget.displaced -= proposal.displaced
         budget.experts[proposal.layer] -= lost
     return True

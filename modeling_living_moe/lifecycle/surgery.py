@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from living_moe.configuration.errors import OptimizerError, PopulationError
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
-from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Leaf, Tombstone
+from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, PlasticityTable
+from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Leaf, RowTable, Tombstone
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
@@ -251,6 +252,8 @@ class LayerDraft:
                 step()
             block.population.stale()
             block.vitals.follow(new_index, len(place))
+            if block.plasticity is not None:
+                block.plasticity.follow(new_index)
 
         return commit
 
@@ -335,7 +338,7 @@ class LayerDraft:
         if before is not None:
             trainable = before.requires_grad
         else:
-            trainable = slab != "frozen" or (role == "key" and self.block.router.train_frozen_keys)
+            trainable = self.block.router.trainable_keys[slab] if role == "key" else slab != "frozen"
         data = like.new_zeros((edit.capacity_after, *like.shape[1:]), requires_grad=False)
         kept = min(edit.capacity_before, edit.capacity_after)
         old_grad = None if before is None else before.grad
@@ -380,6 +383,7 @@ class LayerDraft:
         device = block.population.next_uid.device
         identity: dict[str, IdentityTable] = {}
         vitals: dict[str, VitalsTable] = {}
+        pasts: dict[str, PlasticityTable] = {}
         old_identity = {name: block.population.table(name) for name in block.population.slabs}
         old_vitals = {name: block.vitals.table(name) for name in block.population.slabs}
         for slab, edit in edits.items():
@@ -395,10 +399,18 @@ class LayerDraft:
                 bias = sum(old_identity[s.slab].bias[s.row] * s.weight for s in self._sources(slab, number, "key"))
                 identity[slab].bias[number] = bias if row.address is None else row.address.bias
                 _live_on(vitals[slab], number, row, old_vitals)
+            if block.plasticity is not None:
+                pasts[slab] = PlasticityTable(edit.capacity_after, block.router.d_key).to(device)
+                for number in range(len(rows)):
+                    _inherit(pasts[slab], number, self._sources(slab, number, "key"), block.plasticity)
+
+        owners: list[tuple[nn.Module, Mapping[str, RowTable]]] = [(block.population, identity), (block.vitals, vitals)]
+        if block.plasticity is not None:
+            owners.append((block.plasticity, pasts))
 
         def commit() -> None:
             for slab, edit in edits.items():
-                for owner, tables in ((block.population, identity), (block.vitals, vitals)):
+                for owner, tables in owners:
                     if not edit.capacity_after:
                         del owner._modules[slab]
                     else:
@@ -445,6 +457,13 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
             column[number] = 0
         else:
             column[number] = values[0]
+
+
+def _inherit(table: PlasticityTable, number: int, sources: Sequence[RowSource], old: KeyPlasticity) -> None:
+    """The past of a key: its source's; of several, the mean, and the hits together."""
+    for name, column in table.named_buffers():
+        values = [(getattr(old.table(s.slab), name)[s.row], s.weight) for s in sources]
+        column[number] = sum(v if name == "hits" else v * weight for v, weight in values)
 
 
 def _reorder(row: Tensor, role: str, neurons_I: Tensor | None) -> Tensor:

@@ -30,6 +30,11 @@ class PlasticityMixin:
     #: Forces of an open `plastic()` context, on the base model.
     _forces: PlasticityConfig | None = None
 
+    @property
+    def is_plastic(self) -> bool:
+        """Whether a `plastic()` context is open."""
+        return self._life._forces is not None  # type: ignore[attr-defined]
+
     @contextlib.contextmanager
     def plastic(self, **forces: Any) -> Iterator[None]:
         """While open, keys move as the model reads: every forward pass consolidates at its end, in `generate` too.

@@ -8,7 +8,7 @@ C capacity, E alive experts in slot order, D length of a key, T tokens, K places
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class KeyPlasticity(KeepsDtype):
             self.evidence = [Evidence(piece.query_TD, place[piece.index_TK]) for piece in self.evidence]
 
     @torch.no_grad()
-    def consolidate(self, keys: Mapping[str, nn.Parameter], population: Population, settings: PlasticityConfig) -> None:
+    def consolidate(self, keys: nn.ParameterDict, population: Population, settings: PlasticityConfig) -> None:
         """Let the evidence move the keys, in place, and forget it. A collective: every rank calls it."""
         alive = population.alive
         if not self.has_started:
@@ -127,7 +127,7 @@ class KeyPlasticity(KeepsDtype):
         self.consolidations += 1
 
     @torch.no_grad()
-    def reset(self, keys: Mapping[str, nn.Parameter], population: Population) -> None:
+    def reset(self, keys: nn.ParameterDict, population: Population) -> None:
         """Keys back to where they started; usage and evidence forgotten."""
         for slab, count in population.alive.items():
             table = self.table(slab)
@@ -139,7 +139,7 @@ class KeyPlasticity(KeepsDtype):
         self.consolidations.zero_()
         self._has_started = False
 
-    def distances(self, keys: Mapping[str, nn.Parameter], population: Population) -> Tensor:
+    def distances(self, keys: nn.ParameterDict, population: Population) -> Tensor:
         """How far each key is from its start, L2, fp32 (E,)."""
         if not self.has_started:
             return torch.zeros(len(population.members), device=self.consolidations.device)

@@ -29,14 +29,14 @@ def test_a_preset_gives_every_section_and_a_valid_config(name: str) -> None:
 def test_frozen_graft_protects_the_old_function() -> None:
     config = LivingMoeConfig.from_backbone(MixtralConfig(**SMALL))
     assert config.preset == "frozen-graft"
-    assert config.experts.freeze_pretrained and config.experts.freeze_backbone and config.receptive_field.enabled
-    assert not config.router.train_frozen_keys
+    assert config.experts.freeze_pretrained and config.receptive_field.enabled
+    assert config.trainable.to_dict() == dict.fromkeys(config.trainable.to_dict(), False) | {"keys": True}
 
 
 def test_grow_trains_everything() -> None:
     config = LivingMoeConfig.from_backbone(MixtralConfig(**SMALL), preset="grow")
-    assert not (config.experts.freeze_pretrained or config.experts.freeze_backbone or config.receptive_field.enabled)
-    assert config.router.train_frozen_keys and config.lifecycle.enabled
+    assert not (config.experts.freeze_pretrained or config.receptive_field.enabled)
+    assert all(config.trainable.to_dict().values()) and config.lifecycle.enabled
 
 
 def test_an_override_changes_its_field_and_leaves_the_rest_of_the_section() -> None:

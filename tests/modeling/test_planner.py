@@ -121,3 +121,11 @@ def test_siblings_do_not_merge_back_for_a_while(births: dict[int, tuple[int, int
     config = LifecycleConfig(sibling_merge_bar_steps=500)
     assert bool(plan([proposal("merge", 0, 1, 5)], [state], config, None)) == allowed
     assert bool(plan([proposal("merge", 0, 8, 1, 5)], [state], config, None)) == allowed
+
+
+def test_deaths_of_one_step_together_displace_no_more_than_one_may() -> None:
+    config = LifecycleConfig(death_load=0.02)
+    loads = [0.015, 0.004, 0.006, 0.0]
+    wanted = [Proposal("death", n % 2, (n,), NOW, 1.0 - load / 0.02, load) for n, load in enumerate(loads)]
+    chosen = plan(wanted, layers(8, 8), config, None)
+    assert [proposal.uids for proposal in chosen] == [(3,), (1,), (2,)]

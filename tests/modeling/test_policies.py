@@ -44,7 +44,7 @@ def proposed(model: LivingMoeForCausalLM) -> list[tuple[str, int]]:
 
 
 def test_the_overloaded_split_and_the_starved_die() -> None:
-    model = model_with([1.0, 1.7, 0.04, 1.5, 0.06, 1.61, 1.0, 1.0])
+    model = model_with([1.0, 1.7, 0.01, 1.5, 0.03, 1.61, 1.0, 1.0])
     assert proposed(model) == [("split", 1), ("death", 2), ("split", 5)]
     found = propose_by_load(model.living_blocks[0], model.config.lifecycle)
     assert found[0].reason.metric == "load"

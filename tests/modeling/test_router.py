@@ -163,7 +163,7 @@ def test_a_split_leaves_the_loss_where_it_was_since_clades_are_balanced_not_expe
 
 @pytest.mark.parametrize("preset", ["grow", "frozen-graft"])
 def test_unequal_layers_have_a_loss_whose_gradient_reaches_their_keys(preset: str) -> None:
-    model = living_model("qwen3_moe", preset, sections={"router": {"train_frozen_keys": True}}).train()
+    model = living_model("qwen3_moe", preset, sections={"trainable": {"frozen_keys": True}}).train()
     for uid in (0, 1, 2):
         model.split_expert(0, uid)
     model.remove_expert(1, 4)

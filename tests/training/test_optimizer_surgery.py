@@ -295,7 +295,7 @@ LIVES = st.lists(st.one_of(EVENTS, st.just("train")), min_size=3, max_size=14)
 WORLDS = st.sampled_from(
     [
         ("grow", {}),
-        ("grow", {"router": {"train_frozen_keys": False}}),
+        ("grow", {"trainable": {"frozen_keys": False}}),
         ("grow", {"experts": {"freeze_pretrained": True}}),
         ("frozen-graft", {"receptive_field": {"attention_rank": 2, "head_rank": 2}}),
     ]
@@ -312,7 +312,7 @@ MIXED_MERGES = [("freeze", 1, 2, 0), ("freeze", 1, 5, 0), ("merge", 1, 0, 4), "t
 @settings(max_examples=6)
 @given(world=WORLDS, trained=st.booleans(), life=LIVES)
 @example(world=("grow", {}), trained=True, life=THAWS + MIXED_MERGES)
-@example(world=("grow", {"router": {"train_frozen_keys": False}}), trained=True, life=MIXED_MERGES + THAWS)
+@example(world=("grow", {"trainable": {"frozen_keys": False}}), trained=True, life=MIXED_MERGES + THAWS)
 def test_moments_follow_experts_through_random_lives(family, world, trained, life) -> None:
     preset, sections = world
     model = living_model(preset, **sections)
@@ -515,7 +515,7 @@ def test_nothing_dead_stays_in_the_optimizer(make_optimizer) -> None:
 
 
 def test_a_slab_that_goes_leaves_groups_and_state(make_optimizer) -> None:
-    model = living_model(router={"train_frozen_keys": False})
+    model = living_model(trainable={"frozen_keys": False})
     optimizer = make_optimizer(model)
     train_step(model, optimizer)
     gone = [slot.parameter for slot in model.slot_parameters() if slot.layer == 0]

@@ -56,5 +56,5 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
         elif starved >= config.patience:
             reason = Reason("load", per_expert, config.death_load)
             urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
-            proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency))
+            proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency, displaced=per_expert))
     return proposals
