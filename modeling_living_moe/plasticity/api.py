@@ -123,7 +123,9 @@ class PlasticityMixin:
         for block in self.living_blocks:
             if block.plasticity is None:
                 device = block.population.next_uid.device
-                block.plasticity = KeyPlasticity(block.capacities(), block.router.d_key).to(device)
+                # Tables made under inference_mode could not be changed outside of it.
+                with torch.inference_mode(False):
+                    block.plasticity = KeyPlasticity(block.capacities(), block.router.d_key).to(device)
 
 
 __all__ = ["PlasticityMixin"]
