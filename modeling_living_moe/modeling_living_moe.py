@@ -75,6 +75,11 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PlasticityMixin,
     @property
     def living_blocks(self) -> list[LivingMoeBlock]:  # type: ignore[override]
         """The living layers' blocks, by layer number."""
+        layers = self._life.backbone.living_layers
+        blocks = [getattr(layer, layer.living_block) for layer in layers]
+        if all(isinstance(block, LivingMoeBlock) for block in blocks):
+            return blocks
+        # Something (PEFT, say) has put a wrapper around them.
         return [module for module in self.modules() if isinstance(module, LivingMoeBlock)]
 
 
@@ -116,6 +121,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         self.post_init()
         # Initial weights begin a new life, whatever past the config tells of.
         self.record_populations()
+        self.apply_trainability()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -249,6 +255,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         rank = config.receptive_field.head_rank if config.receptive_field.enabled else 0
         self.head_delta = FieldDelta(backbone.hidden_size, backbone.vocab_size, rank, NUM_FIELDS) if rank else None
         self.post_init()
+        self.apply_trainability()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
