@@ -61,10 +61,13 @@ class QueryNetwork(nn.Module):
                     f"keep the scores of the pretrained router. Set router.d_key to {min(experts, hidden)} or more."
                 )
             # An orthonormal basis of a space that holds every key: what lies outside never counted.
-            weight[:experts] = torch.linalg.svd(keys_EH.double(), full_matrices=False).Vh.float()
-            weight[experts:] = 0
+            weight = torch.linalg.svd(keys_EH.double()).Vh[: self.d_key].float()
             keys_ED = (keys_EH.double() @ weight.double().T).to(keys_EH.dtype)
+            keys_ED[:, experts:] = 0
         elif self.d_key > hidden:
+            # Keys are zero there; were the queries too, neither would ever get a gradient.
+            generator = torch.Generator(keys_EH.device).manual_seed(1)
+            nn.init.normal_(weight[hidden:], std=hidden**-0.5, generator=generator)
             keys_ED = F.pad(keys_EH, (0, self.d_key - hidden))
         self.linear.weight = nn.Parameter(weight.to(keys_EH.dtype))
         if self.up is not None and self.down is not None:
