@@ -156,7 +156,9 @@ class TopAny(Selection):
         weights_TK = (weights_TK * used_TK * rule.scaling).to(
             logits_TN.dtype if rule.cast_weights else weights_TK.dtype
         )
-        return weights_TK, chosen_TK.masked_fill(~used_TK, UNUSED)
+        # Fields may differ in how many clades they see, and must not in places.
+        missing = (0, self.places - chosen_TK.shape[1])
+        return F.pad(weights_TK, missing), F.pad(chosen_TK.masked_fill(~used_TK, UNUSED), missing, value=UNUSED)
 
     @torch.no_grad()
     def steer(self, density: Tensor) -> None:
