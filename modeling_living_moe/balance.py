@@ -2,9 +2,10 @@
 
 After DeepSeek-V3 (arXiv:2412.19437) and Wang et al. 2024 (arXiv:2408.15664): once per optimizer step, from counts
 summed over micro-batches and ranks, each bias takes a step of fixed size towards balance, and all are recentred, so
-that they never drift together. Members of a clade share its step: which of them serves is not for a bias to say.
+that they never drift together. Members of a clade share its step: which of them serves is not for a bias to say. So
+does a tombstone whose heir is among them, by whose address the clade is reached as well.
 
-E alive experts in slot order.
+E alive experts in slot order, D tombstones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from living_moe.modeling_living_moe.population import Population
+from living_moe.modeling_living_moe.population import NOBODY, Population
 
 
 @torch.no_grad()
@@ -25,12 +26,17 @@ def balance_step(population: Population, received_E: Tensor, rate: float) -> Non
     load.index_add_(0, place_E, received_E)
     step_E = torch.sign(load.mean() - load)[place_E].float() * rate
     bias_E = torch.cat([population.table(slab).bias[:count] for slab, count in alive.items()]) + step_E
-    bias_E = bias_E - bias_E.mean()
+    center = bias_E.mean()
+    happened = received_E.sum() > 0
     first = 0
     for slab, count in alive.items():
         bias = population.table(slab).bias
-        bias[:count] = torch.where(received_E.sum() > 0, bias_E[first : first + count], bias[:count])
+        bias[:count] = torch.where(happened, bias_E[first : first + count] - center, bias[:count])
         first += count
+    if population.tombstones:
+        heirs = torch.tensor([a.server for a in population.addresses[first:]], device=step_E.device)
+        step_D = torch.where(heirs == NOBODY, 0.0, step_E[heirs.clamp(min=0)])
+        population.tombstone_bias += torch.where(happened, step_D - center, 0.0)
     population.biases_moved()
 
 
