@@ -1,16 +1,19 @@
 """SOME's two claims, measured: a library of frozen experts learns by routing alone; moving keys adapt while reading.
 
-    python benchmarks/some.py reservoir shift [--first FILE --second FILE] [--seeds 0 1 2] [--workers 2] [--save]
+    python benchmarks/some.py reservoir shift cost [--first FILE --second FILE] [--seeds 0 1 2] [--workers 2] [--save]
 
 **reservoir** (claim A of the experiment plan): small Mixtrals with 128 experts a layer are trained from scratch on
 the first text. In most arms the experts are random and frozen, 99 % of all weights; the arms differ in what else
-learns. "one expert" has a single frozen expert of the same active width, "hash" sends every token of the vocabulary to
-two fixed random experts with equal weights, "no experts" is what attention and embeddings do alone.
+learns. "routing" is query networks, keys, embeddings, attention and norms, balanced by biases except where it says so.
+"one expert" has a single frozen expert of the same active width, "hash" sends every token of the vocabulary to two
+fixed random experts with equal weights, "no experts" is what attention and embeddings do alone.
 
 **shift**: a small MoE learns the first text, then reads the second one, block after block, and its keys move without
 gradients (`model.plastic`). Printed: held-out loss on the second text while it reads (each block is scored before its
 own consolidation can matter), then on the first text with the keys it ended with. The base is trained with a
 dot-product router, or with a cosine router whose keys gravity moves in training too, and no gradient.
+
+**cost**: what a consolidation takes beside the forward pass it follows.
 
 Losses in nats per token; cells are kept in benchmarks/results/some.jsonl and not run again.
 """
@@ -18,6 +21,8 @@ Losses in nats per token; cells are kept in benchmarks/results/some.jsonl and no
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,18 +48,23 @@ LEARNING_RATE = 3e-3
 #: What learns in each reservoir arm, as sections that differ from the preset "some".
 NOTHING = {"embeddings": False, "head": False, "attention": False, "norms": False}
 ROUTER_FROZEN = {"query_networks": False, "keys": False, "frozen_keys": False}
+#: A hundredth of the uniform score of 128 experts per step: biases are added to softmax scores, which are small.
+BALANCED = {"router": {"bias_update_rate": 1e-4}, "plasticity": {"enabled": False}}
+UNROUTED = {"trainable": ROUTER_FROZEN, "plasticity": {"enabled": False}}
 RESERVOIR: dict[str, dict[str, Any]] = {
-    "everything": {"experts": {"freeze_pretrained": False}, "plasticity": {"enabled": False}},
-    "routing": {"plasticity": {"enabled": False}},
-    "routing, orthogonal": {"plasticity": {"enabled": False}, "experts": {"init": "orthogonal"}},
-    "routing, sparse 0.9": {"plasticity": {"enabled": False}, "experts": {"init": "sparse"}},
-    "routing by gravity": {"trainable": {"keys": False, "frozen_keys": False}},
-    "fixed random keys": {"plasticity": {"enabled": False}, "trainable": ROUTER_FROZEN},
-    "hash": {"plasticity": {"enabled": False}, "trainable": ROUTER_FROZEN},
-    "one expert": {"plasticity": {"enabled": False}, "trainable": ROUTER_FROZEN},
-    "no experts": {"plasticity": {"enabled": False}, "trainable": ROUTER_FROZEN},
-    "routing alone": {"plasticity": {"enabled": False}, "trainable": NOTHING},
-}  # fmt: skip
+    "everything": {**BALANCED, "experts": {"freeze_pretrained": False}},
+    "everything, unbalanced": {"plasticity": {"enabled": False}, "experts": {"freeze_pretrained": False}},
+    "routing": BALANCED,
+    "routing, unbalanced": {"plasticity": {"enabled": False}},
+    "routing, orthogonal experts": {**BALANCED, "experts": {"init": "orthogonal"}},
+    "routing, 90 % sparse experts": {**BALANCED, "experts": {"init": "sparse"}},
+    "queries, and keys by gravity": {**BALANCED, "plasticity": {}, "trainable": {"keys": False, "frozen_keys": False}},
+    "fixed random keys": UNROUTED,
+    "hash": UNROUTED,
+    "one expert": UNROUTED,
+    "no experts": UNROUTED,
+    "routing and nothing else": {**BALANCED, "trainable": NOTHING},
+}
 
 #: Of each shift arm: the base's router, and the forces while it reads (None: keys stay).
 SHIFT: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -92,6 +102,8 @@ def build(experts: int, intermediate: int, sections: dict[str, dict[str, Any]], 
         eos_token_id=0,
         pad_token_id=0,
     )
+    network = {"query_network": "mlp", "d_key": 64, "query_hidden": 64}
+    sections = {**sections, "router": {**network, **sections.get("router", {})}}
     config = LivingMoeConfig.from_backbone(backbone, preset="some", **sections)
     torch.manual_seed(seed)
     model = LivingMoeForCausalLM(config)
@@ -194,7 +206,8 @@ def shift_base(router: str, seed: int, steps: int, first: str | None, second: st
 def shift_model(router: str, seed: int) -> LivingMoeForCausalLM:
     gravity = router == "cosine"
     sections = {
-        "router": {"query_network": "identity"} | ({"similarity": "cosine", "temperature": 0.1} if gravity else {}),
+        "router": {"query_network": "identity", "d_key": None, "query_hidden": None}
+        | ({"similarity": "cosine", "temperature": 0.1} if gravity else {}),
         "experts": {"freeze_pretrained": False, "init_gain": None},
         "trainable": {"mlps": True, "keys": not gravity, "frozen_keys": not gravity},
         "plasticity": {"enabled": True, "training": gravity, "pull": "direction"},
@@ -245,19 +258,52 @@ def shift_table(rows: list[tuple[Cell, Result]]) -> str:
     return markdown_table(header, lines)
 
 
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost(rounds: int) -> str:
+    """Consolidation against the forward pass it follows, in this process: hidden 256, 4 layers, top-2, 2,048 tokens."""
+    tune_malloc()
+    lines = []
+    for experts in (8, 64, 256):
+        backbone = MixtralConfig(
+            vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=8, num_local_experts=experts, num_experts_per_tok=2, max_position_embeddings=256,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = LivingMoeForCausalLM(LivingMoeConfig.from_backbone(backbone, preset="grow")).eval()
+        model.set_experts_implementation("grouped_mm")
+        ids = torch.randint(1024, (8, 256))
+        passes, moves = [], []
+        with model.plastic(alpha=1e-3, beta=1e-4), torch.no_grad():
+            consolidate = model.model.consolidate_keys
+            for _ in range(rounds + 1):
+                model.model.consolidate_keys = lambda: None  # type: ignore[method-assign]
+                started = time.perf_counter()
+                model(input_ids=ids)
+                read = time.perf_counter()
+                consolidate()
+                passes.append(read - started)
+                moves.append(time.perf_counter() - read)
+        forward, moved = (statistics.median(times[1:]) * 1e3 for times in (passes, moves))
+        lines.append([str(experts), f"{forward:.1f}", f"{moved:.2f}", f"{moved / forward:.2%}"])
+    header = ["experts", "forward ms", "consolidation ms", "ratio"]
+    return f"## cost\n\n{machine()}, medians of {rounds} rounds.\n\n{markdown_table(header, lines)}"
+
+
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="+", choices=("reservoir", "shift"))
+    parser.add_argument("experiments", nargs="+", choices=("reservoir", "shift", "cost"))
     parser.add_argument("--first", help="text file; default: Python's documentation")
     parser.add_argument("--second", help="text file; default: Python's source code")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 16 x 128 tokens")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of 16 x 128 tokens")
     parser.add_argument("--experts", type=int, default=128, help="reservoir: experts per layer")
-    parser.add_argument("--intermediate", type=int, default=320, help="reservoir: width of an expert")
+    parser.add_argument("--intermediate", type=int, default=384, help="reservoir: width of an expert")
     parser.add_argument("--blocks", type=int, default=512, help="shift: blocks of 128 tokens to read")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write the tables to benchmarks/results/some.md")
@@ -266,6 +312,11 @@ def main() -> None:
     common = {"first": options.first, "second": options.second, "steps": options.steps}
     parts = []
     for experiment in options.experiments:
+        if experiment == "cost":
+            torch.set_num_threads(1)
+            parts.append(cost(rounds=15))
+            print(parts[-1], flush=True)
+            continue
         arms, function, table = {
             "reservoir": (RESERVOIR, reservoir, reservoir_table),
             "shift": (SHIFT, shift, shift_table),

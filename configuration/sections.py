@@ -273,8 +273,8 @@ class PlasticityConfig(Section):
     forgetting_threshold: float = 0.05
     #: decay: share of the way to its target that a key goes per consolidation.
     decay_rate: float = 0.001
-    #: decay: keys go to the origin, or to their own start.
-    decay_target: str = "origin"
+    #: decay: keys go to their own start, or to the origin, where those forgotten together meet.
+    decay_target: str = "start"
 
     def validate(self) -> None:
         for name in ("alpha", "beta", "usage_decay", "decay_rate"):

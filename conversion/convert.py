@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,13 +275,16 @@ def compare(source: PreTrainedModel, living: LivingMoeForCausalLM, *, tokens: in
     ids = torch.randint(source.config.vocab_size, (2, tokens // 2), generator=generator).to(source.device)
     mask = torch.ones_like(ids)
     mask[1, : tokens // 8] = 0
-    training = source.training
+    training, plasticity = source.training, living.config.plasticity
     source.eval()
+    # A comparison must leave no trace.
+    living.config.plasticity = dataclasses.replace(plasticity, inference=False)
     try:
         expected = source(input_ids=ids, attention_mask=mask).logits[mask.bool()].float()
         actual = living(input_ids=ids, attention_mask=mask).logits[mask.bool()].float()
     finally:
         source.train(training)
+        living.config.plasticity = plasticity
     difference = float((expected - actual).abs().max())
     largest = float(expected.abs().max())
     tolerance = TOLERANCE.get(source.dtype, LOW_PRECISION_TOLERANCE) * max(largest, 1e-30)

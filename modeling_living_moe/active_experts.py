@@ -215,7 +215,10 @@ class _ActiveExperts(torch.autograd.Function):
 
 def _segments_mm(inputs: Sequence[Tensor], weights: Tensor, active: Sequence[int], outputs: Sequence[Tensor]) -> None:
     """outputs[i] = inputs[i] @ weights[active[i]] for every segment."""
-    rows = weights.unbind(0)
+    rows: Any = weights
+    if 8 * len(active) > len(weights):
+        # All rows at once are cheaper than many one by one, and dearer than a few of very many.
+        rows = weights.unbind(0)
     if weights.dtype == (inputs[0].dtype if inputs else weights.dtype):
         for row, segment, output in zip(active, inputs, outputs, strict=True):
             torch.mm(segment, rows[row], out=output)

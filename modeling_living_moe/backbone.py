@@ -27,7 +27,7 @@ from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import SLABS, Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
-from living_moe.modeling_living_moe.router import LivingRouter
+from living_moe.modeling_living_moe.router import Keys, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import Vitals
 
@@ -112,11 +112,14 @@ class LivingBackbone:
 
 
 def init_living_weights(module: nn.Module, std: float, settings: ExpertsConfig) -> None:
-    """Initial weights of our own modules, for models that are not loaded."""
+    """Initial weights of our own modules, for models that are not loaded.
+
+    Only of modules that own tensors: Transformers passes no others to `_init_weights` of a class it does not ship.
+    """
     if isinstance(module, ExpertSlab):
         init_experts(module, std, settings)
-    elif isinstance(module, LivingRouter):
-        for key in module.keys.values():
+    elif isinstance(module, Keys):
+        for key in module.values():
             init.normal_(key, mean=0.0, std=std)
     elif isinstance(module, (FieldDelta, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, Vitals)):
         module.reset_parameters()

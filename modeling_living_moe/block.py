@@ -154,8 +154,9 @@ class LivingMoeBlock(nn.Module):
             fields_E = torch.cat([self.population.table(s).field[:n] for s, n in self.population.alive.items()])
             foreign_TK = fields_E[index_TK.clamp(min=0)] != field_T.unsqueeze(-1)
         mask_T = token_mask(context, hidden_TH)
+        full = not self.router.selection.leaves_places_unused
         num_experts = len(self.population.members)
-        self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, foreign_TK)
+        self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, foreign_TK, full=full)
 
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 

@@ -154,7 +154,9 @@ class TwoStageSearch:
         make a clustering worse.
         """
         if not self.watch.unchanged(keys_ND):
-            self._follow(keys_ND.detach().float())
+            # Tables made in inference mode could not be changed outside of it.
+            with torch.inference_mode(False):
+                self._follow(keys_ND.detach().float())
 
     @torch.no_grad()
     def _follow(self, keys_ND: Tensor) -> None:
@@ -474,9 +476,10 @@ class FaissSearch:
 class KeyStoreSearch:
     """What a router holds, one per layer: the search its config names, as long as that finds what it should.
 
-    Recall of the `top_k` best keys is measured at the first call and every eighth after. Below `min_recall` the index
-    looks at more keys per query, then gives way to the exact path, with one warning; after 64 exact calls it is tried
-    again. A copy of this object (deepcopy, pickle) starts anew.
+    Recall of the `top_k` best keys is measured every eighth call. Below `min_recall` the index looks at more keys per
+    query, then gives way to the exact path, with one warning; after 64 exact calls it is tried again. What is measured
+    are queries of earlier calls: if those of a call decided how it is answered, later tokens would reach earlier ones.
+    So the first call only remembers, and compares every key. A copy of this object (deepcopy, pickle) starts anew.
 
     Attributes:
         mode: What the last call used: exact, two_stage, faiss_hnsw or faiss_ivf.
@@ -499,6 +502,7 @@ class KeyStoreSearch:
     def _start_over(self) -> None:
         self.calls = self.exact_calls = self.measured = 0
         self.recall = None
+        self.past_SD: Tensor | None = None
 
     def candidates(self, query_TD: Tensor, keys_ND: Tensor, count: int, top_k: int = 1) -> Tensor | None:
         """Rows of the keys worth scoring.
@@ -534,23 +538,32 @@ class KeyStoreSearch:
             self.index = TwoStageSearch()
         self.index.sync(keys_ND)
         if not again and query_TD.shape[0]:
-            if self.calls % MEASURE_EVERY == 0:
-                self._measure(query_TD, keys_ND, count, min(top_k, count, keys_ND.shape[0]))
+            if self.past_SD is not None and self.calls % MEASURE_EVERY == 1:
+                self._measure(self.past_SD, keys_ND, count, min(top_k, count, keys_ND.shape[0]))
             self.calls += 1
-        if self.gave_up:
+            self._remember(query_TD)
+        if self.gave_up or self.calls <= 1:
             self.mode = "exact"
             return None
         self.mode = "two_stage" if self.config.search == "auto" else self.config.search
         return self.index.search(query_TD, count)
 
     @torch.no_grad()
-    def _measure(self, query_TD: Tensor, keys_ND: Tensor, count: int, top_k: int) -> None:
-        """Update the recall, and decide before the call answers, so that its recomputation answers alike."""
-        assert self.index is not None
-        if not top_k:
-            return
+    def _remember(self, query_TD: Tensor) -> None:
+        """Keep a few queries for the next measurement, the newest first."""
         sampled = torch.linspace(0, len(query_TD) - 1, min(MEASURED_QUERIES, len(query_TD))).round().long()
         query_SD = query_TD.detach()[sampled.to(query_TD.device)].float()
+        if self.past_SD is not None and self.past_SD.shape[1:] == query_SD.shape[1:]:
+            query_SD = torch.cat([query_SD, self.past_SD.to(query_SD.device)])
+        self.past_SD = query_SD[:MEASURED_QUERIES].clone()
+
+    @torch.no_grad()
+    def _measure(self, query_SD: Tensor, keys_ND: Tensor, count: int, top_k: int) -> None:
+        """Update the recall, and decide before the call answers, so that its recomputation answers alike."""
+        assert self.index is not None
+        if not top_k or query_SD.shape[1] != keys_ND.shape[1]:
+            return
+        query_SD = query_SD.to(keys_ND.device)
         keys_ND = keys_ND.detach().float()
         wanted_SK = (query_SD @ keys_ND.T).topk(top_k)[0]
         while True:

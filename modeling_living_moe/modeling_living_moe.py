@@ -75,7 +75,7 @@ class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PlasticityMixin,
     @property
     def living_blocks(self) -> list[LivingMoeBlock]:  # type: ignore[override]
         """The living layers' blocks, by layer number."""
-        layers = self._life.backbone.living_layers
+        layers: Any = self._life.backbone.living_layers
         blocks = [getattr(layer, layer.living_block) for layer in layers]
         if all(isinstance(block, LivingMoeBlock) for block in blocks):
             return blocks
@@ -154,17 +154,22 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
-        outputs: MoeModelOutputWithPast = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            living_context=context,
-            return_dict=True,
-            **kwargs,
-        )
+        try:
+            outputs: MoeModelOutputWithPast = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                living_context=context,
+                return_dict=True,
+                **kwargs,
+            )
+        except BaseException:
+            # Half a pass is no evidence.
+            self.forget_evidence()
+            raise
         if context.gate is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, context.gate)
         if context.plastic and not self.training:
@@ -186,18 +191,24 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         history = None
         if self.fields is not None and past_key_values is not None:
             history = evidence_history(past_key_values)
-        mask = real_tokens(attention_mask, given.shape[1], 0 if history is None else history.shape[1])
+        plastic = self._keys_move()
+        past = 0 if history is None else history.shape[1]
+        if history is None and plastic and past_key_values is not None:
+            past = int(past_key_values.get_seq_length())
+        mask = real_tokens(attention_mask, given.shape[1], past)
         gate: FieldGate | None = None
         if self.fields is not None:
             ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
             gate = self.fields(ids, mask, history, position_ids)
             if self.training and input_ids is not None:
                 self.fields.observe(input_ids, mask)
-        return ForwardContext(gate, mask, observe=self.training, plastic=self._keys_move())
+        return ForwardContext(gate, mask, observe=self.training, plastic=plastic)
 
     def _keys_move(self) -> bool:
         """Whether this pass is evidence for the keys."""
         settings: PlasticityConfig = self.config.plasticity
+        if settings.enabled:
+            self._require_plasticity()
         if self.training:
             return settings.enabled and settings.training
         # A pass whose gradient may follow must find the keys it was made with.

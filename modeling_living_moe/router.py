@@ -21,7 +21,7 @@ from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import RouterConfig, TrainableConfig
 from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.key_search import KeyStoreSearch
-from living_moe.modeling_living_moe.population import SLABS, Population, View, sort_slabs
+from living_moe.modeling_living_moe.population import SLABS, AddressBook, Population, View, sort_slabs
 from living_moe.modeling_living_moe.query import query_network
 from living_moe.modeling_living_moe.selection import UNUSED, selection_rule
 
@@ -197,29 +197,42 @@ class LivingRouter(nn.Module):
         """As `forward`, from the addresses that a search finds; None if it does not serve here.
 
         A candidate that does not serve the token (its clade sends it to another member) leaves; the search is asked
-        for more than are needed, and where still too few serve, every key is compared.
+        for more than are needed, and tokens for which still too few serve are compared with every key.
         """
         assert self.search is not None
         if population.is_biased:
             return None
         book = population.address_book(query_TD.device)
+        keys_AD = keys_ED
         if population.tombstone_bias.numel():
-            keys_ED = torch.cat([keys_ED, population.tombstone_key.to(keys_ED.dtype)])
-        keys_ED = self.comparable(keys_ED, query_TD.dtype)
+            keys_AD = torch.cat([keys_ED, population.tombstone_key.to(keys_ED.dtype)])
+        keys_AD = self.comparable(keys_AD, query_TD.dtype)
         wanted = self.selection.places
         count = wanted * (1 + min(book.spare, 3))
-        candidates_TC = self.search.candidates(query_TD.detach(), keys_ED.detach(), count, wanted)
+        candidates_TC = self.search.candidates(query_TD.detach(), keys_AD, count, wanted)
         if candidates_TC is None:
             return None
         serves_TC = book.serves(hidden_TH, candidates_TC)
-        if bool((serves_TC.sum(dim=1) < wanted).any()):
-            return None
         # The search finds; what is learned flows through the keys found, by their own product with the query.
-        logits_TC = torch.einsum("td,tcd->tc", query_TD, keys_ED[candidates_TC.clamp(min=0)]) / self.temperature
+        logits_TC = torch.einsum("td,tcd->tc", query_TD, keys_AD[candidates_TC.clamp(min=0)]) / self.temperature
         logits_TC = logits_TC.masked_fill(~serves_TC, float("-inf"))
+        enough_T = serves_TC.sum(dim=1) >= wanted
+        if bool(enough_T.all()):
+            return logits_TC, *self._among(logits_TC, candidates_TC, book)
+        few, enough = (~enough_T).nonzero()[:, 0], enough_T.nonzero()[:, 0]
+        searched = self._among(logits_TC[enough], candidates_TC[enough], book)
+        compared = self.choose(hidden_TH[few], F.linear(query_TD[few], keys_AD) / self.temperature, population, 0)
+        parts = [
+            one.new_zeros(len(query_TD), one.shape[1]).index_copy(0, enough, one).index_copy(0, few, other)
+            for one, other in zip(searched, compared, strict=True)
+        ]
+        return logits_TC, parts[0], parts[1]
+
+    def _among(self, logits_TC: Tensor, candidates_TC: Tensor, book: AddressBook) -> tuple[Tensor, Tensor]:
+        """Weights and slot-order indices (T, K) of the choice among candidates."""
         weights_TK, columns_TK = self.selection(logits_TC, None, CandidateColumns(logits_TC.shape[1]))
         index_TK = book.server_A[candidates_TC].gather(1, columns_TK.clamp(min=0))
-        return logits_TC, weights_TK, index_TK.masked_fill(columns_TK == UNUSED, UNUSED)
+        return weights_TK, index_TK.masked_fill(columns_TK == UNUSED, UNUSED)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Vitals(KeepsDtype):
         self.register_buffer("last_event", torch.tensor(LONG_AGO))
         #: Rows tokens, routing weight, foreign tokens: (3, E), fp64.
         self.pending: Tensor | None = None
-        #: Tokens that chose them, fp64 scalar: fewer than the pairs, by the density of the selection.
+        #: Tokens that chose them, int64 scalar; counted where tokens may leave places unused.
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
         self.since_step: Tensor | None = None
@@ -97,27 +97,33 @@ class Vitals(KeepsDtype):
         num_experts: int,
         token_mask_T: Tensor | None,
         foreign_TK: Tensor | None,
+        *,
+        full: bool = True,
     ) -> None:
-        """Count one forward. Negative `index_TK` are unused places; `foreign_TK` is 1 where a token's field is not its
-        expert's.
+        """Count one forward.
+
+        Args:
+            foreign_TK: 1 where a token's field is not its expert's.
+            full: Whether every place is used; unused ones have a negative index.
         """
         tokens, top_k = index_TK.shape
-        used = index_TK.flatten() >= 0
-        index = index_TK.flatten().clamp(min=0)
+        index = index_TK.flatten()
         # fp64 keeps long accumulations exact; Apple's devices have none.
         dtype = torch.float32 if index.device.type == "mps" else torch.float64
-        ones = used.to(dtype)
-        real = torch.full((), tokens, dtype=dtype, device=index.device)
-        if token_mask_T is not None:
-            ones = ones * token_mask_T.to(dtype).repeat_interleave(top_k)
-            real = token_mask_T.to(dtype).sum()
+        if token_mask_T is None:
+            ones = torch.ones(index.shape, dtype=dtype, device=index.device)
+        else:
+            ones = token_mask_T.to(dtype).repeat_interleave(top_k)
+        if not full:
+            real = torch.full((), tokens, device=index.device) if token_mask_T is None else token_mask_T.sum()
+            self.pending_tokens = real if self.pending_tokens is None else self.pending_tokens + real
+            ones, index = ones * (index >= 0), index.clamp(min=0)
         foreign = torch.zeros_like(ones) if foreign_TK is None else foreign_TK.flatten() * ones
         rows = [ones, weights_TK.flatten() * ones, foreign]
         counts = torch.zeros(3, num_experts, dtype=dtype, device=index.device)
         counts.scatter_add_(1, index.expand(3, -1), torch.stack(rows))
         received = counts[0].long()
         self.pending = counts if self.pending is None else self.pending + counts
-        self.pending_tokens = real if self.pending_tokens is None else self.pending_tokens + real
         self.since_step = received if self.since_step is None else self.since_step + received
         # Every n-th token of all ranks' tokens, so that many processes sample what one would.
         stride = max(1, math.ceil(tokens * world_size() / SAMPLE_ROWS))

@@ -156,6 +156,14 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+def prime_searches(model: LivingMoeForCausalLM) -> None:
+    """Past the first call of every search, which compares every key and only remembers."""
+    for block in model.living_blocks:
+        hidden_TH = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            block.router(hidden_TH, block.population, all_logits=False)
+
+
 def drift(model: LivingMoeForCausalLM, seed: int, std: float = 0.05, *, frozen: bool = False) -> None:
     """Move every expert, key and delta as training would: twins part, keys drift, spare rows stay empty.
 

@@ -330,33 +330,35 @@ class LifecycleMixin:
     def _fold_vitals(self, step: int) -> None:
         blocks = self.living_blocks
         counts: list[Tensor] = []
-        tokens: list[Tensor] = []
         for block in blocks:
             pending = block.vitals.pending
             shape = (3, len(block.population.members))
             device = block.population.next_uid.device
             counts.append(torch.zeros(shape, dtype=torch.float64, device=device) if pending is None else pending)
-            real = block.vitals.pending_tokens
-            tokens.append(counts[-1].new_zeros(()) if real is None else real)
         if world_size() > 1:
-            home = counts[0].device
-            total = sum_over_ranks(torch.cat([part.flatten().to(home) for part in (*counts, *tokens)]))
-            *parts, last = total.split([*(count.numel() for count in counts), len(tokens)])
+            total = sum_over_ranks(torch.cat([count.flatten().to(counts[0].device) for count in counts]))
+            parts = total.split([count.numel() for count in counts])
             counts = [part.view(count.shape).to(count.device) for part, count in zip(parts, counts, strict=True)]
-            tokens = [part.to(count.device) for part, count in zip(last, counts, strict=True)]
         every = self.config.vitals.grad_norm_every
         rate = self.config.router.bias_update_rate
-        for block, count, real in zip(blocks, counts, tokens, strict=True):
+        for block, count in zip(blocks, counts, strict=True):
             norms = _gradient_norms(block) if every and step % every == 0 else None
             block.vitals.fold(count, block.population.alive, norms)
             if rate:
                 balance_step(block.population, count[0], rate)
             if isinstance(block.router.selection, TopAny):
-                block.router.selection.steer(count[0].sum() / real.clamp_min(1.0))
+                block.router.selection.steer(_density(block, count[0].sum()))
             block.vitals.pending = block.vitals.pending_tokens = None
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending_counts()))
+
+
+def _density(block: LivingMoeBlock, pairs: Tensor) -> Tensor:
+    """Mean number of experts of the step's tokens, of all ranks; `pairs` is their sum already."""
+    tokens = block.vitals.pending_tokens
+    total = torch.zeros((), dtype=torch.int64, device=pairs.device) if tokens is None else tokens.clone()
+    return pairs / sum_over_ranks(total).clamp_min(1)
 
 
 def _gradient_norms(block: LivingMoeBlock) -> dict[str, Tensor]:

@@ -403,6 +403,9 @@ class LayerDraft:
                 pasts[slab] = PlasticityTable(edit.capacity_after, block.router.d_key).to(device)
                 for number in range(len(rows)):
                     _inherit(pasts[slab], number, self._sources(slab, number, "key"), block.plasticity)
+                    address = rows[number].address
+                    if address is not None:
+                        pasts[slab].start[number] = address.key_H
 
         owners: list[tuple[nn.Module, Mapping[str, RowTable]]] = [(block.population, identity), (block.vitals, vitals)]
         if block.plasticity is not None:

@@ -76,6 +76,12 @@ class PlasticityMixin:
             if block.plasticity is not None:
                 block.plasticity.consolidate(block.router.keys, block.population, forces)
 
+    def forget_evidence(self) -> None:
+        """Drop what was read since the last consolidation."""
+        for block in self.living_blocks:
+            if block.plasticity is not None:
+                block.plasticity.evidence = []
+
     def reset_keys(self) -> None:
         """Keys back to where they were before gravity first acted; usage is forgotten."""
         for block in self.living_blocks:

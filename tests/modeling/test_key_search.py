@@ -256,6 +256,13 @@ def test_the_same_keys_and_edits_give_the_same_index_whatever_the_global_seed() 
 # -- what a router holds -----------------------------------------------------------------------------------------------
 
 
+def primed(store: KeyStoreSearch, query: Tensor, keys: Tensor) -> KeyStoreSearch:
+    """Past its first call, which compares every key and only remembers."""
+    assert store.candidates(query, keys, 4, 2) is None
+    assert store.mode == "exact" and store.recall is None
+    return store
+
+
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     found: list[str] = []
@@ -269,7 +276,7 @@ def test_few_keys_and_exact_mode_are_scored_whole(warnings: list[str]) -> None:
         store = KeyStoreSearch(config)
         assert store.candidates(keys[:9], keys, 4) is None
         assert store.mode == "exact" and store.recall is None and store.index is None
-    store = KeyStoreSearch(RouterConfig(search_from=200))
+    store = primed(KeyStoreSearch(RouterConfig(search_from=200)), keys[:9], keys)
     found = store.candidates(keys[:9], keys, 4, 2)
     assert found is not None and found.shape == (9, 4)
     assert store.mode == "two_stage" and store.recall > 0.97 and not warnings
@@ -307,13 +314,13 @@ def test_random_keys_are_scored_whole_after_one_warning_and_tried_again_quietly(
 def test_probes_are_doubled_before_the_search_gives_way(warnings: list[str]) -> None:
     keys = clustered(2000, roots=2000)
     query = near(keys, 16)
-    store = KeyStoreSearch(RouterConfig(search="two_stage", min_recall=0.9))
+    store = primed(KeyStoreSearch(RouterConfig(search="two_stage", min_recall=0.9)), query, keys)
     assert store.candidates(query, keys, 4, 2) is not None
     assert key_search.FIRST_PROBES < store.index.probes <= key_search.MOST_PROBES
     assert store.recall > 0.6 and not warnings
 
 
-def test_recall_is_measured_at_the_first_call_and_every_eighth(monkeypatch) -> None:
+def test_recall_is_measured_at_the_second_call_and_every_eighth_after(monkeypatch) -> None:
     keys = clustered(500)
     store = KeyStoreSearch(RouterConfig(search="two_stage"))
     measured = []
@@ -323,7 +330,22 @@ def test_recall_is_measured_at_the_first_call_and_every_eighth(monkeypatch) -> N
     )
     for _ in range(17):
         store.candidates(near(keys, 3), keys, 4, 2)
-    assert measured == [0, 8, 16]
+    assert measured == [1, 9]
+
+
+def test_what_is_measured_are_queries_of_earlier_calls_the_newest_first(monkeypatch) -> None:
+    """If those of a call decided how it is answered, later tokens would reach earlier ones."""
+    keys = clustered(500)
+    store = KeyStoreSearch(RouterConfig(search="two_stage"))
+    measured = []
+    plain = KeyStoreSearch._measure
+    monkeypatch.setattr(KeyStoreSearch, "_measure", lambda self, *args: measured.append(args[0]) or plain(self, *args))
+    asked = [near(keys, 5) for _ in range(10)]
+    for query in asked:
+        store.candidates(query, keys, 4, 2)
+    first, second = measured
+    assert torch.equal(first, asked[0])
+    assert torch.equal(second, torch.cat(asked[8::-1])[: key_search.MEASURED_QUERIES])
 
 
 def test_a_twin_of_a_missed_key_counts_as_found() -> None:
@@ -340,6 +362,8 @@ def test_a_twin_of_a_missed_key_counts_as_found() -> None:
 def test_a_forward_pass_that_is_run_again_in_backward_finds_what_it_found() -> None:
     keys = clustered(500)
     store = KeyStoreSearch(RouterConfig(search="two_stage"))
+    query = near(keys, 5)
+    primed(store, query, keys)
     found = []
 
     def layer(x: Tensor) -> Tensor:
@@ -347,19 +371,20 @@ def test_a_forward_pass_that_is_run_again_in_backward_finds_what_it_found() -> N
         found.append(rows)
         return (x * keys[rows[:, 0]]).sum()
 
-    query = near(keys, 5).requires_grad_()
+    query.requires_grad_()
     torch.utils.checkpoint.checkpoint(layer, query, use_reentrant=False).backward()
     assert len(found) == 2 and torch.equal(*found)
-    assert store.calls == 1 and store.measured == 1
+    assert store.calls == 2 and store.measured == 1
 
 
 def test_copies_build_their_own_index_and_carry_no_gradients() -> None:
     keys = clustered(400).requires_grad_()
-    store = KeyStoreSearch(RouterConfig(search="two_stage"))
+    store = primed(KeyStoreSearch(RouterConfig(search="two_stage")), keys[:9], keys)
     found = store.candidates(keys[:9], keys, 4, 2)
     assert not found.requires_grad and not store.index.packed_ND.requires_grad
     for twin in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
         assert twin.index is None and twin.config == store.config
+        primed(twin, keys[:9], keys)
         assert torch.equal(twin.candidates(keys[:9], keys, 4, 2), found)
 
 

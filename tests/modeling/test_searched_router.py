@@ -19,6 +19,7 @@ from factories import (
     living_model,
     logits,
     mixed_text,
+    prime_searches,
     source_config,
     token_ids,
     try_event,
@@ -59,6 +60,7 @@ def probe_all(model: LivingMoeForCausalLM) -> None:
     for block in model.living_blocks:
         block.router.search.index = TwoStageSearch()
         block.router.search.index.probes = 10_000
+    prime_searches(model)
 
 
 def exact(block: LivingMoeBlock) -> LivingMoeBlock:
@@ -204,14 +206,13 @@ def test_a_grown_layer_with_tombstones_is_still_searched() -> None:
         model.remove_expert(0, uid)
     block = model.living_blocks[0]
     assert len(block.population.tombstones) == 6
-    # Token by token: a pass in which any token lacks a serving candidate is exact as a whole.
-    assert sum(found(block, hidden[None])[2] for hidden in torch.randn(60, HIDDEN)) > 30
+    assert found(block, torch.randn(60, HIDDEN))[2]
     for seed in range(5):
         assert_same_as_exact(block, 1, seed)
 
 
-def test_tokens_with_too_few_serving_candidates_make_the_whole_pass_exact() -> None:
-    """All siblings of one clade lie before the others, and only one of them serves."""
+def test_tokens_with_too_few_serving_candidates_compare_every_key_and_no_others_do(monkeypatch) -> None:
+    """All siblings of one clade lie before the others for some tokens, and only one of them serves."""
     model = searched_model()
     for _ in range(12):
         model.split_expert(0, 0)
@@ -220,8 +221,18 @@ def test_tokens_with_too_few_serving_candidates_make_the_whole_pass_exact() -> N
     for member in block.population.members:
         if member.clade == 0:
             keys[member.row] = 5.0 * torch.ones(HIDDEN)
-    hidden_TH = torch.randn(40, HIDDEN) * 0.1 + 1.0
-    assert not found(block, hidden_TH)[2]
+    compared = []
+    plain = block.router.choose
+    monkeypatch.setattr(
+        block.router, "choose", lambda hidden_TH, *rest: compared.append(hidden_TH) or plain(hidden_TH, *rest)
+    )
+    near_TH, far_TH = torch.randn(40, HIDDEN) * 0.1 + 1.0, torch.randn(40, HIDDEN) * 0.1 - 1.0
+    mixed_TH = torch.stack([near_TH, far_TH], dim=1).flatten(0, 1)
+    weights_TK, index_TK, _ = found(block, mixed_TH)
+    assert len(compared) == 1 and torch.equal(compared[0], near_TH)
+    expected_TK, places_TK, _ = found(exact(block), mixed_TH)
+    assert torch.equal(index_TK.sort().values, places_TK.sort().values)
+    torch.testing.assert_close(weights_TK.sort().values, expected_TK.sort().values)
     assert_same_as_exact(block)
 
 
@@ -290,9 +301,11 @@ def test_few_keys_are_not_searched_unless_asked_to() -> None:
     assert isinstance(living_model().living_blocks[0].router.search, KeyStoreSearch)
     model = living_model(sections={"router": {"search_from": 9}})
     block = model.living_blocks[0]
+    prime_searches(model)
     assert not found(block, torch.randn(40, HIDDEN))[2]
     model.split_expert(0, 2)
     drift(model, 0)
+    prime_searches(model)
     found(block, torch.randn(40, HIDDEN))
     assert block.router.search.mode == "two_stage"
     assert living_model(sections={"router": {"search": "exact"}}).living_blocks[0].router.search is None
@@ -367,6 +380,8 @@ def test_a_layer_of_a_hundred_thousand_experts_trains_and_generates_in_seconds()
     roots = torch.randn(5000, 8)
     block.router.keys["frozen"].data = roots[torch.arange(100_000) % 5000] + 0.2 * torch.randn(100_000, 8)
     ids = token_ids(2, 16)
+    with torch.no_grad():
+        model(ids)  # a search's first call only remembers
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert loss.isfinite() and block.router.search.mode == "two_stage"
