@@ -421,6 +421,6 @@ def test_faiss_follows_the_store(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["faiss_hnsw", "faiss_ivf"])
 def test_a_router_may_search_with_faiss(kind: str) -> None:
     keys = clustered(600)
-    store = KeyStoreSearch(RouterConfig(search=kind))
+    store = primed(KeyStoreSearch(RouterConfig(search=kind)), near(keys), keys)
     found = store.candidates(near(keys), keys, 6, 2)
     assert found is not None and store.mode == kind and store.recall > 0.9
