@@ -104,6 +104,7 @@ class LivingMoeConfig(PreTrainedConfig):
         populations: One dict per living layer, from slab name ("frozen", "trainable") to its number of experts, each
             > 0; a slab without experts is left out. Layers with a past also hold "facets", "leaves" and "tombstones",
             the sizes of those tables. None until a model fills it.
+        num_fields: Newborn receptive fields the checkpoint holds, the sleeping one included (see `receptive_field`).
         router, experts, trainable, vitals, plasticity, receptive_field, lifecycle: The sections (see sections.py), as
             an instance (kept as one) or a dict of the fields that differ from the defaults.
         provenance: Where the model comes from and what was measured, as its model card tells it: base_model, family,
@@ -125,6 +126,7 @@ class LivingMoeConfig(PreTrainedConfig):
     backbone_config: PreTrainedConfig = None  # type: ignore[assignment]  # set by the time __post_init__ returns
     preset: str | None = None
     populations: list[dict[str, int]] | None = None
+    num_fields: int = 1
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trainable: TrainableConfig = dataclasses.field(default_factory=TrainableConfig)
@@ -253,6 +255,8 @@ class LivingMoeConfig(PreTrainedConfig):
                 known_preset(value)
             elif name == "provenance" and not isinstance(value, dict):
                 raise ConfigurationError(f"provenance must be a dict of plain values, got {value!r}.")
+            elif name == "num_fields" and (type(value) is not int or value < 1):
+                raise ConfigurationError(f"num_fields must be a whole number >= 1, got {value!r}.")
             elif name == "populations":
                 value = _in_slot_order(value)
             elif name == "backbone_config":

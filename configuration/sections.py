@@ -287,6 +287,10 @@ class PlasticityConfig(Section):
         self.require_one_of("decay_target", ("origin", "start"))
 
 
+#: Newborn receptive fields a model may have.
+MOST_FIELDS = 64
+
+
 @dataclass(kw_only=True)
 class ReceptiveFieldConfig(Section):
     """Receptive fields of newborn clades: a causal context gate, and the low-rank deltas that open with it."""
@@ -304,6 +308,13 @@ class ReceptiveFieldConfig(Section):
     prior_tokens: float = 2000.0
     #: Calibration tokens kept in the model to place the threshold again as the new density grows (never trained on).
     calibration_tokens: int = 65536
+    #: Newborn fields at most. A new one is born when text comes that none explains; what comes after the last goes to
+    #: the nearest.
+    max_fields: int = 8
+    #: Standard deviations below a field's own text at which it no longer explains a piece of 128 training tokens.
+    novelty: float = 3.0
+    #: Training tokens a newborn field takes before the next may be born.
+    field_tokens: int = 32768
     #: Rank of the deltas on attention projections (0 is none).
     attention_rank: int = 64
     #: Rank of the delta on the language-model head (0 is none).
@@ -314,6 +325,9 @@ class ReceptiveFieldConfig(Section):
         self.require("quantile", 0.5 <= self.quantile <= 1, "in [0.5, 1]")
         self.require("prior_tokens", self.prior_tokens > 0, "> 0")
         self.require("calibration_tokens", self.calibration_tokens > 0, "> 0")
+        self.require("max_fields", 1 <= self.max_fields <= MOST_FIELDS, f"from 1 to {MOST_FIELDS}")
+        self.require("novelty", self.novelty > 0, "> 0")
+        self.require("field_tokens", self.field_tokens > 0, "> 0")
         self.require("attention_rank", self.attention_rank >= 0, ">= 0")
         self.require("head_rank", self.head_rank >= 0, ">= 0")
 

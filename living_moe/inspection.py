@@ -18,6 +18,7 @@ from living_moe.configuration.errors import CheckpointError
 from living_moe.model_cards.card import ParameterCounts
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.checkpoint import check_files, check_population
+from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.population import Population
 from living_moe.records import parameter_counts
@@ -136,7 +137,7 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
     for event in inspection.lineage[-events:]:
         table.add_row(
             str(event.step),
-            str(event.layer),
+            "all" if event.layer == EVERY_LAYER else str(event.layer),
             event.kind,
             ", ".join(map(str, event.parents)),
             ", ".join(map(str, event.children)),

@@ -21,7 +21,7 @@ from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
-from living_moe.modeling_living_moe.deltas import FieldDelta, GateHolder, attach_deltas
+from living_moe.modeling_living_moe.deltas import DownMaps, GateHolder, UpMaps, attach_deltas
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
@@ -31,12 +31,10 @@ from living_moe.modeling_living_moe.router import Keys, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import Vitals
 
-#: Newborn fields a model with receptive fields has.
-NUM_FIELDS = 1
-
 
 def num_fields(config: LivingMoeConfig) -> int:
-    return NUM_FIELDS if config.receptive_field.enabled else 0
+    """Newborn fields the model has by now."""
+    return config.num_fields if config.receptive_field.enabled else 0
 
 
 def fresh_capacities(config: LivingMoeConfig, family: Family) -> dict[str, int]:
@@ -77,7 +75,7 @@ class LivingBackbone:
                 num_facets=population.get("facets", 0),
                 num_leaves=population.get("leaves", 0),
                 num_tombstones=population.get("tombstones", 0),
-                num_fields=num_fields(config),
+                has_fields=config.receptive_field.enabled,
                 router=config.router,
                 trainable=config.trainable,
                 vitals=config.vitals,
@@ -92,7 +90,7 @@ class LivingBackbone:
             names = [
                 n for n in family.attention_projections if isinstance(getattr(layer.self_attn, n, None), nn.Linear)
             ]
-            attach_deltas(layer, names, rank, NUM_FIELDS)
+            attach_deltas(layer, names, rank, num_fields(config))
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.__class__ = living_layer_class(type(layer))  # type: ignore[arg-type]
         # What a family keeps in fp32 may have gone with its blocks; our tables have dtypes of their own.
@@ -121,7 +119,7 @@ def init_living_weights(module: nn.Module, std: float, settings: ExpertsConfig) 
     elif isinstance(module, Keys):
         for key in module.values():
             init.normal_(key, mean=0.0, std=std)
-    elif isinstance(module, (FieldDelta, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, Vitals)):
+    elif isinstance(module, (DownMaps, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals)):
         module.reset_parameters()
 
 

@@ -47,7 +47,7 @@ class ForwardContext:
     plastic: bool = False
     keep_choices: bool = False
     all_logits: bool = True
-    choices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    choices: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, **_: object) -> ForwardContext:
         """The same on another device; model-parallel hooks call it."""
@@ -74,6 +74,7 @@ class LivingMoeBlock(nn.Module):
         family: The source family's adapter.
         layer: Number of this living layer, from 0.
         capacities: Slots per slab.
+        has_fields: Whether experts live in receptive fields.
         shared: The source family's shared experts, or None.
     """
 
@@ -87,7 +88,7 @@ class LivingMoeBlock(nn.Module):
         num_facets: int = 0,
         num_leaves: int = 0,
         num_tombstones: int = 0,
-        num_fields: int = 0,
+        has_fields: bool = False,
         router: RouterConfig | None = None,
         trainable: TrainableConfig | None = None,
         vitals: VitalsConfig | None = None,
@@ -98,7 +99,7 @@ class LivingMoeBlock(nn.Module):
         scoring = family.scoring(config)
         hidden = config.hidden_size
         self.layer = layer
-        self.num_fields = num_fields
+        self.has_fields = has_fields
         self.jitter_noise = family.jitter_noise(config)
         self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
         self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config))
@@ -125,12 +126,13 @@ class LivingMoeBlock(nn.Module):
             hidden_states = hidden_states * noise
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         context = self.context or ForwardContext()
-        field_T = None
+        field_T: Tensor | None = None
+        fields: tuple[int, ...] = ()
         if context.gate is not None and (self.training or context.gate.any_open()):
-            field_T = context.gate.index.to(hidden_TH.device).reshape(-1)
-        choices: list[tuple[Tensor, Tensor]] | None = [] if context.keep_choices and not in_backward() else None
+            field_T, fields = context.gate.index.to(hidden_TH.device).reshape(-1), context.gate.present
+        choices: dict[int, tuple[Tensor, Tensor]] | None = {} if context.keep_choices and not in_backward() else None
         _, weights_TK, index_TK = self.router(
-            hidden_TH, self.population, field_T, self.num_fields, choices, context.all_logits
+            hidden_TH, self.population, field_T, fields, choices, context.all_logits or self.has_fields
         )
         if choices is not None:
             context.choices[self.layer] = choices
@@ -149,14 +151,11 @@ class LivingMoeBlock(nn.Module):
     def _observe(
         self, hidden_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, field_T: Tensor | None, context: ForwardContext
     ) -> None:
-        foreign_TK = None
-        if field_T is not None:
-            fields_E = torch.cat([self.population.table(s).field[:n] for s, n in self.population.alive.items()])
-            foreign_TK = fields_E[index_TK.clamp(min=0)] != field_T.unsqueeze(-1)
         mask_T = token_mask(context, hidden_TH)
         full = not self.router.selection.leaves_places_unused
+        fields_E = self.population.fields() if self.has_fields else None
         num_experts = len(self.population.members)
-        self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, foreign_TK, full=full)
+        self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, field_T, fields_E, full=full)
 
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 

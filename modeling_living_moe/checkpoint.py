@@ -184,13 +184,13 @@ class CheckpointMixin:
         optimizer after this call.
         """
         retired: list[nn.Parameter] = []
-        before = {id(slot.parameter) for slot in self.slot_parameters()}  # type: ignore[attr-defined]
+        before = {id(parameter) for parameter in self._replaceable()}
         for prefix, block in self._named_blocks():
             retired += adopt_sizes(block, prefix, state_dict)
+        retired += self._adopt_fields(state_dict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
         retire(retired)
-        slots = self.slot_parameters()  # type: ignore[attr-defined]
-        require_optimizer(self, [slot.parameter for slot in slots if id(slot.parameter) not in before])  # type: ignore[arg-type]
+        require_optimizer(self, [parameter for parameter in self._replaceable() if id(parameter) not in before])  # type: ignore[arg-type]
         for block in self.living_blocks:
             block.population.stale()
             block.vitals.forget()
@@ -199,6 +199,26 @@ class CheckpointMixin:
         self._life._steps = None  # type: ignore[attr-defined]
         self.record_populations()  # type: ignore[attr-defined]
         return result
+
+    def _replaceable(self) -> list[nn.Parameter]:
+        """Parameters that come and go with events."""
+        life = self._life  # type: ignore[attr-defined]
+        slots = [slot.parameter for slot in self.slot_parameters()]  # type: ignore[attr-defined]
+        return slots + [parameter for delta in life.deltas() for parameter in delta.parameters()]
+
+    def _adopt_fields(self, state_dict: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Have as many receptive fields as a state dict; returns the parameters that left."""
+        life = self._life  # type: ignore[attr-defined]
+        counts = next((state_dict[name] for name in state_dict if name.endswith("fields.new_counts")), None)
+        if life.fields is None or counts is None or len(counts) == life.fields.num_fields:
+            return []
+        left = [p for delta in life.deltas() for maps in (delta.down, delta.up) for p in maps[len(counts) :]]
+        for delta in life.deltas():
+            for number in range(delta.num_fields, len(counts)):
+                delta.append(*delta.new_field(number))
+            delta.keep(len(counts))
+        life.fields.resize_fields(len(counts))
+        return left
 
     def apply_trainability(self) -> None:
         """Set `requires_grad` from the config: frozen slabs never, everything else as the section `trainable` says."""

@@ -13,12 +13,15 @@ in (receptive_field.py), nor when a field is born.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.modeling_living_moe.distributed import world_size
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 
 #: Child of a decoder layer's `self_attn` that holds its deltas.
@@ -30,6 +33,25 @@ class GateHolder:
 
     def __init__(self) -> None:
         self.gate: FieldGate | None = None
+
+
+class DownMaps(nn.ParameterList):
+    """First factors, (R, in_features) per newborn field."""
+
+    def reset_parameters(self) -> None:
+        """Normal of variance 1 / in_features; leaves alone what a checkpoint has loaded."""
+        # Transformers' initialisers skip tensors that `from_pretrained` has already filled; torch's own do not.
+        for down in self:
+            init.normal_(down, mean=0.0, std=down.shape[-1] ** -0.5)
+
+
+class UpMaps(nn.ParameterList):
+    """Second factors, (out_features, R) per newborn field."""
+
+    def reset_parameters(self) -> None:
+        """Zero; leaves alone what a checkpoint has loaded."""
+        for up in self:
+            init.zeros_(up)
 
 
 class FieldDelta(nn.Module):
@@ -60,69 +82,97 @@ class FieldDelta(nn.Module):
     ) -> None:
         super().__init__()
         self.holder = holder
-        self.down = nn.Parameter(torch.empty(num_fields, rank, in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.empty(num_fields, out_features, rank, device=device, dtype=dtype))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down, self.up = DownMaps(), UpMaps()
+        for _ in range(num_fields):
+            self.down.append(nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype)))
+            self.up.append(nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype)))
         self.reset_parameters()
 
+    @property
+    def num_fields(self) -> int:
+        return len(self.down)
+
+    def new_field(self, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Maps (R, in_features) and (out_features, R) of one more field, like the others; not yet in the module."""
+        drawn = torch.randn(self.rank, self.in_features, generator=torch.Generator().manual_seed(seed))
+        like = self.down[0]
+        down = nn.Parameter((drawn * self.in_features**-0.5).to(like), requires_grad=like.requires_grad)
+        return down, nn.Parameter(like.new_zeros(self.out_features, self.rank), requires_grad=like.requires_grad)
+
+    def append(self, down: nn.Parameter, up: nn.Parameter) -> None:
+        """Take up what `new_field` made."""
+        self.down.append(down)
+        self.up.append(up)
+
+    def keep(self, num_fields: int) -> None:
+        """Drop the deltas of the fields after the first `num_fields`."""
+        self.down, self.up = self.down[:num_fields], self.up[:num_fields]
+
     def reset_parameters(self) -> None:
-        """Zero `up`, normal `down` of variance 1 / in_features; leaves alone what a checkpoint has loaded."""
-        # Transformers' initialisers skip tensors that `from_pretrained` has already filled; torch's own do not.
-        init.normal_(self.down, mean=0.0, std=self.down.shape[-1] ** -0.5)
-        init.zeros_(self.up)
+        """Initial values of both factors; leaves alone what a checkpoint has loaded."""
+        self.down.reset_parameters()
+        self.up.reset_parameters()
 
     @torch.no_grad()
     def resize_output(self, out_features: int) -> None:
         """Follow a linear map that changed its number of outputs; the delta of a new output is zero."""
-        old = self.up
-        if old.shape[1] == out_features:
+        if self.out_features == out_features:
             return
-        kept = min(old.shape[1], out_features)
-        up = old.new_zeros(old.shape[0], out_features, old.shape[2])
-        up[:, :kept] = old[:, :kept]
-        self.up = nn.Parameter(up, requires_grad=old.requires_grad)
+        kept = min(self.out_features, out_features)
+        for number, old in enumerate(self.up):
+            up = old.new_zeros(out_features, self.rank)
+            up[:kept] = old[:kept]
+            self.up[number] = nn.Parameter(up, requires_grad=old.requires_grad)
+        self.out_features = out_features
 
-    def forward(self, x: Tensor, out: Tensor, field_index: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor, field_index: Tensor, fields: Sequence[int] | None = None) -> Tensor:
         """Add to `out` the update of each token's field.
 
         Args:
             x: Input of the linear map, shape (..., in_features).
             out: Its output, shape (..., out_features), any float dtype.
             field_index: int64, one field per token, shape (...) or any shape of as many elements in the same order.
+            fields: Those that take part in the graph; None is all. A token of another keeps `out`.
 
         Returns:
-            Shape and dtype of `out`; bit for bit `out` where the field is 0. Every field takes part in the graph, also
-            one without a token, so that all parameters get a gradient (zero there) and DDP never waits for one.
+            Shape and dtype of `out`; bit for bit `out` where the field is 0.
         """
         index = field_index.reshape(x.shape[:-1]).unsqueeze(-1)
-        x = x.to(self.down.dtype)
         result = out
-        for field, (down, up) in enumerate(zip(self.down.unbind(0), self.up.unbind(0), strict=True), start=1):
-            update = F.linear(F.linear(x, down), up)
+        for field in range(1, self.num_fields + 1) if fields is None else fields:
+            down, up = self.down[field - 1], self.up[field - 1]
+            update = F.linear(F.linear(x.to(down.dtype), down), up)
             result = torch.where(index == field, result + update.to(out.dtype), result)
         return result
 
-    def after_linear(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Forward hook of the linear map: apply the gate in the holder, or return `out` untouched when all is closed.
+    def of_gate(self, x: Tensor, out: Tensor, index: Tensor, present: Sequence[int]) -> Tensor:
+        """`forward` for a gate's tokens: fields without a token stay out of the graph, and get no gradient.
 
-        In training the delta always takes part, so that the graph is the same whatever the gate says; when compiled
-        too, since a branch on the gate would break the graph.
+        But in training on several ranks all take part: DDP waits for every parameter's gradient (zero where there is no
+        token).
         """
+        if self.training and world_size() > 1:
+            result: Tensor = self(x, out, index.to(x.device))
+            return result
+        if not present:
+            return out
+        result = self(x, out, index.to(x.device), present)
+        return result
+
+    def after_linear(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Forward hook of the linear map: apply the gate in the holder."""
         gate = None if self.holder is None else self.holder.gate
         (x,) = args
         if gate is None:
-            if not self.training:
-                return out
-            index = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-        elif self.training or torch.compiler.is_compiling() or gate.any_open():
-            index = gate.index.to(x.device)
-        else:
-            return out
-        result: Tensor = self(x, out, index)
-        return result
+            return self.of_gate(x, out, torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device), ())
+        return self.of_gate(x, out, gate.index, gate.present)
 
     def extra_repr(self) -> str:
-        fields, rank, in_features = self.down.shape
-        return f"in_features={in_features}, out_features={self.up.shape[1]}, rank={rank}, num_fields={fields}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"num_fields={self.num_fields}"
+        )
 
 
 def attach_deltas(decoder_layer: nn.Module, names: list[str], rank: int, num_fields: int) -> None:

@@ -23,18 +23,20 @@ from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.backbone import (
-    NUM_FIELDS,
     init_living_weights,
     living_backbone_class,
+    num_fields,
 )
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import CheckpointMixin
 from living_moe.modeling_living_moe.deltas import FieldDelta
+from living_moe.modeling_living_moe.evidence import evidence_history, remember
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.plasticity.api import PlasticityMixin
-from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields, evidence_history, remember
+from living_moe.modeling_living_moe.population import ROOT_FIELD
+from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 from living_moe.modeling_living_moe.router import load_balancing_loss
 
 
@@ -111,10 +113,12 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         backbone_class = living_backbone_class(family_of(config.backbone_config).model_class)  # type: ignore[arg-type]
         self.backbone = backbone_class(config)
         self.fields = (
-            ReceptiveFields(config.receptive_field, config.backbone_config.vocab_size, NUM_FIELDS)
+            ReceptiveFields(config.receptive_field, config.backbone_config.vocab_size, num_fields(config))
             if config.receptive_field.enabled
             else None
         )
+        #: The delta of the head, which a causal-LM model around this one owns; a list, so that it is no child here.
+        self.deltas_outside: list[FieldDelta] = []
         self.clock = Clock()
         self._steps: int | None = None
         self.lineage_ = Lineage()
@@ -171,7 +175,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             self.forget_evidence()
             raise
         if context.gate is not None and outputs.past_key_values is not None:
-            remember(outputs.past_key_values, context.gate)
+            remember(outputs.past_key_values, context.gate.evidence)
         if context.plastic and not self.training:
             self.consolidate_keys()
         return outputs
@@ -201,7 +205,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
             gate = self.fields(ids, mask, history, position_ids)
             if self.training and input_ids is not None:
-                self.fields.observe(input_ids, mask)
+                belongs = self.fields.observe(input_ids, mask, position_ids, gate)
+                gate = self.fields.trained_gate(gate, belongs, mask)
         return ForwardContext(gate, mask, observe=self.training, plastic=plastic)
 
     def _keys_move(self) -> bool:
@@ -213,6 +218,10 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             return settings.enabled and settings.training
         # A pass whose gradient may follow must find the keys it was made with.
         return (self.is_plastic or (settings.enabled and settings.inference)) and not torch.is_grad_enabled()
+
+    def deltas(self) -> list[FieldDelta]:
+        """Every low-rank delta of the receptive fields, the head's last."""
+        return [module for module in self.modules() if isinstance(module, FieldDelta)] + self.deltas_outside
 
     def calibrate(self, token_ids: Tensor) -> None:
         """Show the model text of what it already knows, so that newborn fields can tell it from new text.
@@ -264,7 +273,10 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         self.vocab_size = backbone.vocab_size
         self.lm_head = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False)
         rank = config.receptive_field.head_rank if config.receptive_field.enabled else 0
-        self.head_delta = FieldDelta(backbone.hidden_size, backbone.vocab_size, rank, NUM_FIELDS) if rank else None
+        self.head_delta = (
+            FieldDelta(backbone.hidden_size, backbone.vocab_size, rank, num_fields(config)) if rank else None
+        )
+        self.model.deltas_outside = [self.head_delta] if self.head_delta is not None else []
         self.post_init()
         self.apply_trainability()
 
@@ -353,6 +365,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
                 layer.float().logsumexp(dim=-1).square().mean().to(loss.device) for layer in outputs.router_logits
             ]
             loss = loss + z_loss_coef * torch.stack(squares).mean()
+        if loss is not None and self.training and torch.is_grad_enabled() and not loss.requires_grad:
+            loss = self._nothing_to_learn(loss)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -363,16 +377,23 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
+    def _nothing_to_learn(self, loss: Tensor) -> Tensor:
+        """The same loss with a gradient of zero, so that `backward` works on text that belongs to the (frozen) root."""
+        if self.model.fields is None:
+            return loss
+        deltas = self.model.deltas()
+        idle = deltas[-1].up[-1].flatten()[0] if deltas else torch.zeros((), requires_grad=True)
+        return loss + 0.0 * idle.to(loss)
+
     def _apply_head_delta(
         self, hidden: Tensor, logits: Tensor, logits_to_keep: int | Tensor, context: ForwardContext
     ) -> Tensor:
         assert self.head_delta is not None
-        if context.gate is None or not (self.training or context.gate.any_open()):
+        if context.gate is None:
             return logits
-        index = context.gate.index.to(hidden.device)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        index = index if isinstance(keep, int) else index[:, keep]
-        return self.head_delta(hidden, logits, index)
+        index = context.gate.index if isinstance(keep, int) else context.gate.index[:, keep]
+        return self.head_delta.of_gate(hidden, logits, index, context.gate.present)
 
     @property
     def aux_loss_coef(self) -> float | None:
@@ -397,16 +418,16 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
 def field_balance(context: ForwardContext, layer: int) -> Tensor:
     """Load-balancing loss of one layer: per field over the clades its tokens see, weighted by the field's tokens."""
     fields = context.choices[layer]
-    device = fields[0][0].device
-    weight_T = torch.ones(fields[0][0].shape[0], device=device)
+    device = fields[ROOT_FIELD][0].device
+    weight_T = torch.ones(fields[ROOT_FIELD][0].shape[0], device=device)
     if context.token_mask is not None:
         weight_T = context.token_mask.reshape(-1).to(device, torch.float32)
     if context.gate is None or len(fields) == 1:
-        return load_balancing_loss(*fields[0], weight_T)
+        return load_balancing_loss(*fields[ROOT_FIELD], weight_T)
     index_T = context.gate.index.reshape(-1).to(device)
     total = weight_T.sum().clamp_min(1.0)
     loss = torch.zeros((), device=device)
-    for field, (logits_TN, clades_TK) in enumerate(fields):
+    for field, (logits_TN, clades_TK) in fields.items():
         mine_T = weight_T * (index_T == field)
         loss = loss + load_balancing_loss(logits_TN, clades_TK, mine_T) * (mine_T.sum() / total)
     return loss

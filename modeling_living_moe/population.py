@@ -375,6 +375,10 @@ class Population(KeepsDtype):
         ]
         return living + left
 
+    def fields(self) -> Tensor:
+        """Field of every alive expert in slot order, int64 (E,)."""
+        return torch.cat([self.table(slab).field[:count] for slab, count in self.alive.items()])
+
     @property
     def uids(self) -> list[int]:
         return [member.uid for member in self.members]

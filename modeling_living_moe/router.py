@@ -11,6 +11,7 @@ C candidates of a search, H hidden, D length of queries and keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +125,8 @@ class LivingRouter(nn.Module):
         hidden_TH: Tensor,
         population: Population,
         field_T: Tensor | None = None,
-        num_fields: int = 0,
-        choices: list[tuple[Tensor, Tensor]] | None = None,
+        fields: Sequence[int] = (),
+        choices: dict[int, tuple[Tensor, Tensor]] | None = None,
         all_logits: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send each token to its experts.
@@ -134,7 +135,7 @@ class LivingRouter(nn.Module):
             hidden_TH: Router input.
             population: Who lives here.
             field_T: int64, the field of each token; None reads every token in the root field.
-            num_fields: Newborn fields; fields 0..num_fields are computed and one is picked per token.
+            fields: Newborn fields that tokens are in.
             choices: Filled with (clade logits (T, N), chosen clades (T, K)) of each field, if given.
             all_logits: Whether somebody reads the logits, so that a search for candidates will not do.
 
@@ -146,7 +147,7 @@ class LivingRouter(nn.Module):
         """
         query_TD = self.queries(hidden_TH)
         keys_ED = self.keys(population.alive)
-        if self.search is not None and choices is None and not all_logits and num_fields == 0:
+        if self.search is not None and choices is None and not all_logits:
             found = self._choose_among_candidates(hidden_TH, query_TD, keys_ED, population)
             if found is not None:
                 return found
@@ -157,7 +158,7 @@ class LivingRouter(nn.Module):
             logits_TA = torch.cat([logits_TE, left_TD], dim=1)
         weights_TK, index_TK = self.choose(hidden_TH, logits_TA, population, 0, choices)
         if field_T is not None:
-            for field in range(1, num_fields + 1):
+            for field in fields:
                 weights, index = self.choose(hidden_TH, logits_TA, population, field, choices)
                 mine_T1 = (field_T == field).unsqueeze(-1)
                 weights_TK = torch.where(mine_T1, weights, weights_TK)
@@ -170,7 +171,7 @@ class LivingRouter(nn.Module):
         logits_TA: Tensor,
         population: Population,
         field: int,
-        choices: list[tuple[Tensor, Tensor]] | None = None,
+        choices: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weights and slot-order indices (T, K) of the experts that tokens of `field` go to.
 
@@ -185,7 +186,7 @@ class LivingRouter(nn.Module):
             bias_TN = bias_A if address_TN is None else bias_A[address_TN]
         weights_TK, clades_TK = self.selection(logits_TN, bias_TN, view)
         if choices is not None:
-            choices.append((logits_TN[:, : view.num_open], clades_TK))
+            choices[field] = (logits_TN[:, : view.num_open], clades_TK)
         if server_TN is None:
             return weights_TK, clades_TK
         index_TK = server_TN.gather(1, clades_TK.clamp(min=0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from living_moe.configuration.sections import MOST_FIELDS
 from living_moe.modeling_living_moe.distributed import rank, world_size
 from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, RowTable
 
@@ -31,7 +32,8 @@ class VitalsTable(RowTable):
     """Measurements of the experts of one slab."""
 
     columns = {
-        # Moving average of tokens received, in multiples of the uniform share (1.0 is balanced).
+        # Moving average of tokens received, in multiples of the uniform share (1.0 is balanced) of the tokens of the
+        # expert's own field; of all tokens where that is the root.
         "load": (torch.float32, 0.0),
         # Moving average of the mean routing weight per received token.
         "router_weight": (torch.float32, 0.0),
@@ -39,8 +41,10 @@ class VitalsTable(RowTable):
         "grad_norm": (torch.float32, 0.0),
         # Like `load`, but only tokens of another field than the expert's own: demand it cannot learn from.
         "foreign_load": (torch.float32, 0.0),
-        # Optimizer steps lived, and tokens received in all (pairs of token and expert).
+        # Optimizer steps lived (with tokens of the expert's field), and tokens received (pairs of token and expert).
         "age": (torch.int64, 0),
+        # Optimizer steps in a row in which no token was in the expert's field.
+        "idle": (torch.int64, 0),
         "tokens": (torch.int64, 0),
         # Decisions in a row that found the expert overloaded, or starved (hysteresis of the policy).
         "overloaded": (torch.int64, 0),
@@ -51,6 +55,7 @@ class VitalsTable(RowTable):
     grad_norm: Tensor
     foreign_load: Tensor
     age: Tensor
+    idle: Tensor
     tokens: Tensor
     overloaded: Tensor
     starved: Tensor
@@ -68,14 +73,16 @@ class Vitals(KeepsDtype):
         #: Steps folded so far, and the step of the layer's last event.
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("last_event", torch.tensor(LONG_AGO))
-        #: Rows tokens, routing weight, foreign tokens: (3, E), fp64.
+        #: Rows tokens, routing weight, foreign tokens, all tokens of the expert's field (of every field for the root's)
+        #: per alive expert: (4, E), fp64; tokens are pairs of token and expert.
         self.pending: Tensor | None = None
         #: Tokens that chose them, int64 scalar; counted where tokens may leave places unused.
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
         self.since_step: Tensor | None = None
-        #: A sample of the last forward's router inputs (S, H) and choices (S, K); -1 is padding, or dead since.
-        self.sample: tuple[Tensor, Tensor] | None = None
+        #: A sample of the last forward's router inputs (S, H), choices (S, K) and fields (S,); choice -1 is padding, or
+        #: dead since.
+        self.sample: tuple[Tensor, Tensor, Tensor] | None = None
 
     steps: Tensor
     last_event: Tensor
@@ -96,14 +103,16 @@ class Vitals(KeepsDtype):
         index_TK: Tensor,
         num_experts: int,
         token_mask_T: Tensor | None,
-        foreign_TK: Tensor | None,
+        field_T: Tensor | None,
+        fields_E: Tensor | None,
         *,
         full: bool = True,
     ) -> None:
         """Count one forward.
 
         Args:
-            foreign_TK: 1 where a token's field is not its expert's.
+            field_T: The field of each token; None is the root.
+            fields_E: The field of each expert; None is the root.
             full: Whether every place is used; unused ones have a negative index.
         """
         tokens, top_k = index_TK.shape
@@ -118,10 +127,18 @@ class Vitals(KeepsDtype):
             real = torch.full((), tokens, device=index.device) if token_mask_T is None else token_mask_T.sum()
             self.pending_tokens = real if self.pending_tokens is None else self.pending_tokens + real
             ones, index = ones * (index >= 0), index.clamp(min=0)
-        foreign = torch.zeros_like(ones) if foreign_TK is None else foreign_TK.flatten() * ones
+        foreign = torch.zeros_like(ones)
+        if field_T is not None and fields_E is not None:
+            foreign = (fields_E[index] != field_T.repeat_interleave(top_k)) * ones
         rows = [ones, weights_TK.flatten() * ones, foreign]
-        counts = torch.zeros(3, num_experts, dtype=dtype, device=index.device)
-        counts.scatter_add_(1, index.expand(3, -1), torch.stack(rows))
+        counts = torch.zeros(4, num_experts, dtype=dtype, device=index.device)
+        counts[:3].scatter_add_(1, index.expand(3, -1), torch.stack(rows))
+        counts[3] = ones.sum()
+        if field_T is not None and fields_E is not None:
+            # Of each expert's own field; the root's experts serve every field that has no heir of theirs.
+            of_field = torch.zeros(MOST_FIELDS + 1, dtype=dtype, device=index.device)
+            of_field.scatter_add_(0, field_T.repeat_interleave(top_k), ones)
+            counts[3] = torch.where(fields_E == 0, counts[3], of_field[fields_E])
         received = counts[0].long()
         self.pending = counts if self.pending is None else self.pending + counts
         self.since_step = received if self.since_step is None else self.since_step + received
@@ -129,7 +146,12 @@ class Vitals(KeepsDtype):
         stride = max(1, math.ceil(tokens * world_size() / SAMPLE_ROWS))
         first = -rank() * tokens % stride
         chosen_TK = index_TK if token_mask_T is None else index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
-        self.sample = (hidden_TH[first::stride].detach().clone(), chosen_TK[first::stride].clone())
+        fields_S = torch.zeros_like(chosen_TK[:, 0]) if field_T is None else field_T
+        self.sample = (
+            hidden_TH[first::stride].detach().clone(),
+            chosen_TK[first::stride].clone(),
+            fields_S[first::stride].clone(),
+        )
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
@@ -150,35 +172,40 @@ class Vitals(KeepsDtype):
         if self.since_step is not None:
             self.since_step = moved(self.since_step)
         if self.sample is not None:
-            hidden_SH, index_SK = self.sample
+            hidden_SH, index_SK, field_S = self.sample
             # The last entry is what -1, a place nobody alive had, leads to.
-            self.sample = (hidden_SH, torch.tensor([*new_index, -1], device=index_SK.device)[index_SK])
+            self.sample = (hidden_SH, torch.tensor([*new_index, -1], device=index_SK.device)[index_SK], field_S)
 
     @torch.no_grad()
     def fold(self, counts: Tensor, alive: dict[str, int], grad_norms: dict[str, Tensor] | None) -> None:
-        """Fold one optimizer step's counts (3, E), summed over ranks, into the moving averages.
+        """Fold one optimizer step's counts (4, E), summed over ranks, into the moving averages.
+
+        Experts of a field that no token was in have not lived this step: nothing of theirs moves.
 
         `grad_norms` holds (alive,) tensors of trainable slabs, or None on steps that do not read gradients.
         """
+        total = counts[0].sum()
         # A running mean until the window is full, so that early averages are not biased towards zero.
         learn = 1.0 - torch.clamp(self.steps / (self.steps + 1.0), max=self.decay).float()
-        total = counts[0].sum()
-        # A step without any token (a model trained in evaluation mode, say) is no evidence that all are starving.
-        learn = learn * (total > 0)
-        uniform = counts.shape[1] / total.clamp_min(1.0)
         first = 0
         for slab, count in alive.items():
             table = self.table(slab)
-            received, weight, foreign = counts[:, first : first + count]
-            table.load[:count].lerp_((received * uniform).float(), learn)
-            table.foreign_load[:count].lerp_((foreign * uniform).float(), learn)
+            received, weight, foreign, of_field = counts[:, first : first + count]
+            lived = of_field > 0
+            uniform = counts.shape[1] / of_field.clamp_min(1.0)
+            rate = learn * lived
+            for column, value in ((table.load, received * uniform), (table.foreign_load, foreign * uniform)):
+                column[:count].copy_(torch.lerp(column[:count], value.float(), rate))
             mean_weight = (weight / received.clamp_min(1.0)).float()
             seen = received > 0
             old_weight = table.router_weight[:count]
             old_weight.copy_(torch.where(seen, torch.lerp(old_weight, mean_weight, learn), old_weight))
             if grad_norms is not None and slab in grad_norms:
-                table.grad_norm[:count].lerp_(grad_norms[slab].float(), learn)
-            table.age[:count] += 1
+                norms = table.grad_norm[:count]
+                norms.copy_(torch.lerp(norms, grad_norms[slab].float(), rate))
+            # Time passes for all in a step without any token.
+            table.age[:count] += lived | (total == 0)
+            table.idle[:count].add_(total > 0).mul_(~lived | (total == 0))
             table.tokens[:count] += received.long()
             first += count
         self.steps += total > 0

@@ -116,8 +116,10 @@ def living_model(
     model = living_moe.convert(source_model(family, **overrides), preset=preset, verify=False, **sections)
     if preset == "frozen-graft" and calibrated:
         model.calibrate(old_text(600))
-        model.model.fields.observe(new_text(400))
-        model.model.fields.fold(model.model.fields.pending_counts())
+        for text in new_text(400).view(2, -1):  # a field wakes once it could take what it has counted
+            model.model.fields.observe(text[None])
+            model.model.fields.fold(model.model.fields.pending())
+        assert bool(model.model.fields.awake)
     return model
 
 

@@ -35,7 +35,7 @@ def assert_equals_oracle(
     generator = torch.Generator().manual_seed(seed)
     hidden_TH = (torch.randn(tokens, block.router.hidden_size, generator=generator) * scale).requires_grad_()
     field_T, context = None, ForwardContext(all_logits=False)
-    if block.num_fields:
+    if block.has_fields:
         field_T = torch.randint(2, (tokens,), generator=generator)
         context.gate = FieldGate(field_T[None], torch.zeros(1, tokens, 1))
     shared, block.shared_experts = block.shared_experts, None

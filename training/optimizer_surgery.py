@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 from living_moe.configuration.errors import OptimizerError
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
-from living_moe.modeling_living_moe.lifecycle.surgery import ParameterEdit, RowSource, is_retired
+from living_moe.modeling_living_moe.lifecycle.surgery import Joining, ParameterEdit, RowSource, is_retired
 from living_moe.training.optimizers import LivingAdamW
 
 #: Dimension of a slot parameter that runs over hidden units. gate_up_proj holds them twice: gates, then ups.
@@ -103,7 +103,9 @@ def known_optimizers() -> dict[type[Optimizer], Layout]:
     return known
 
 
-def stage_optimizer_edit(optimizer: Optimizer, model: nn.Module, edits: Sequence[ParameterEdit]) -> Callable[[], None]:
+def stage_optimizer_edit(
+    optimizer: Optimizer, model: nn.Module, edits: Sequence[ParameterEdit], joining: Sequence[Joining] = ()
+) -> Callable[[], None]:
     """Check, and compute, an event's part in the optimizer.
 
     A new slab's parameter joins the group of the nearest layer's parameter of the same role, else the group whose
@@ -114,6 +116,7 @@ def stage_optimizer_edit(optimizer: Optimizer, model: nn.Module, edits: Sequence
         optimizer: A supported optimizer, a subclass of one with the same state, or accelerate's wrapper of one.
         model: The living model itself, before the event.
         edits: What happens to its slot parameters.
+        joining: New parameters of no slot, each with an elder whose group it joins; not if the elder is in none.
 
     Returns:
         The commit, to be called after the model's own; it assigns and copies rows, and cannot fail.
@@ -130,7 +133,7 @@ def stage_optimizer_edit(optimizer: Optimizer, model: nn.Module, edits: Sequence
     for edit in edits:
         check_state(optimizer, edit, layout)
     commits = [_StateEdit(optimizer, edit, layout, living).stage() for edit in edits]
-    commits.append(_stage_groups(optimizer, model, edits))
+    commits.append(_stage_groups(optimizer, model, edits, joining))
 
     def commit() -> None:
         for step in commits:
@@ -371,7 +374,9 @@ def _write_rows(writes: list[tuple[Tensor, int, Tensor]]) -> None:
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def _stage_groups(optimizer: Optimizer, model: nn.Module, edits: Sequence[ParameterEdit]) -> Callable[[], None]:
+def _stage_groups(
+    optimizer: Optimizer, model: nn.Module, edits: Sequence[ParameterEdit], newcomers: Sequence[Joining]
+) -> Callable[[], None]:
     """New members of the param groups; returns what assigns them."""
     replaced: dict[nn.Parameter, nn.Parameter | None] = {}
     joining: list[tuple[nn.Parameter, dict[str, Any]]] = []
@@ -381,6 +386,10 @@ def _stage_groups(optimizer: Optimizer, model: nn.Module, edits: Sequence[Parame
             replaced[edit.old] = new
         elif new is not None:
             joining.append((new, _home(optimizer, cast(LifecycleMixin, model), edit)))
+    for new, elder in newcomers:
+        homes = [group for group in optimizer.param_groups if any(member is elder for member in group["params"])]
+        if homes and new.requires_grad:
+            joining.append((new, homes[0]))
 
     def commit() -> None:
         for group in optimizer.param_groups:
@@ -393,7 +402,7 @@ def _stage_groups(optimizer: Optimizer, model: nn.Module, edits: Sequence[Parame
             names_now = {parameter: name for name, parameter in model.named_parameters()}
             rank = {parameter: number for number, parameter in enumerate(names_now)}
             for parameter, home in joining:
-                _join(home, parameter, names_now[parameter], rank)
+                _join(home, parameter, names_now.get(parameter, ""), rank)
 
     return commit
 
@@ -415,7 +424,8 @@ def _home(optimizer: Optimizer, model: LifecycleMixin, edit: ParameterEdit) -> d
 
 def _join(group: dict[str, Any], parameter: nn.Parameter, name: str, rank: Mapping[nn.Parameter, int]) -> None:
     members = group["params"]
-    later = (n for n, other in enumerate(members) if rank.get(other, -1) > rank[parameter])
+    own = rank.get(parameter, len(rank))
+    later = (n for n, other in enumerate(members) if rank.get(other, -1) > own)
     place = next(later, len(members))
     members.insert(place, parameter)
     if "param_names" in group:

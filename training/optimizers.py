@@ -58,6 +58,12 @@ class LivingModel(Protocol):
     def take_step_tokens(self) -> dict[tuple[int, str], Tensor]:
         """Per (layer, slab), int64 (C,) tokens each slot received since the last call, over all ranks."""
 
+    def field_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
+        """Every parameter that only tokens of one receptive field use, with the number of that field."""
+
+    def take_step_fields(self) -> Tensor | None:
+        """int64 (F,) tokens of each newborn field since the last call, over all ranks; None without fields."""
+
     def modules(self) -> Iterator[nn.Module]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -118,6 +124,8 @@ class LivingAdamW(Optimizer):
         self._direct_gradients = direct_gradients
         self._fused = fused
         self._slots: dict[int, SlotParameter] = {}
+        #: Parameter -> the receptive field whose tokens alone use it.
+        self._fields: dict[int, int] = {}
         self._seen_version: int | None = None
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._follow_population()
@@ -145,7 +153,7 @@ class LivingAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._check(parameter)
-        rows = self._rows_with_tokens()
+        rows, fields = self._rows_with_tokens(), self._fields_with_tokens()
         for group in self.param_groups:
             batch = _Batch()
             for parameter in group["params"]:
@@ -153,7 +161,8 @@ class LivingAdamW(Optimizer):
                     continue
                 slot = self._slots.get(id(parameter))
                 if slot is None:
-                    batch.add(parameter, self._state_of(parameter, ()))
+                    if self._fields.get(id(parameter), 0) in fields:
+                        batch.add(parameter, self._state_of(parameter, ()))
                 elif touched := rows.get((slot.layer, slot.slab)):
                     batch.add_rows(parameter, self._state_of(parameter, parameter.shape[:1]), touched)
             batch.update(group, self._fused)
@@ -213,6 +222,11 @@ class LivingAdamW(Optimizer):
                     )
         return rows
 
+    def _fields_with_tokens(self) -> set[int]:
+        """Newborn fields that tokens were in since the last step, and 0."""
+        tokens = None if self._model is None else self._model.take_step_fields()
+        return {0} if tokens is None else {0} | {int(field) + 1 for field in tokens.nonzero()[:, 0]}
+
     def _follow_population(self) -> None:
         """Learn which parameters are slot parameters; again after every event."""
         if self._model is None or self._model.population_version == self._seen_version:
@@ -230,11 +244,13 @@ class LivingAdamW(Optimizer):
                 if hasattr(type(module), "direct_grad"):
                     module.direct_grad = True  # type: ignore[assignment]
         self._slots = slots
+        self._fields = {id(parameter): field for field, parameter in self._model.field_parameters()}
         self._seen_version = self._model.population_version
 
 
 def _as_living(model: nn.Module) -> LivingModel:
-    missing = [n for n in ("slot_parameters", "take_step_tokens", "population_version") if not hasattr(model, n)]
+    wanted = ("slot_parameters", "take_step_tokens", "field_parameters", "take_step_fields", "population_version")
+    missing = [name for name in wanted if not hasattr(model, name)]
     if missing:
         raise OptimizerError(
             f"LivingAdamW needs a living model, and {type(model).__name__} has no {missing[0]}; pass the model before "

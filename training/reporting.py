@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
+from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.training.collapse import collapse_report, summary
 from living_moe.training.loop import LivingTrainer, StepRecord
 
@@ -31,7 +31,8 @@ def describe_events(events: Sequence[LifecycleEvent]) -> str:
     for kind, count in Counter(event.kind for event in events).items():
         layers = sorted({event.layer for event in events if event.kind == kind})
         plural = kind if count == 1 else f"{kind}s"
-        parts.append(f"{count} {plural} (layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))})")
+        where = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        parts.append(f"{count} {plural} ({'all layers' if layers == [EVERY_LAYER] else where})")
     return ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import PopulationError
@@ -25,12 +25,12 @@ from living_moe.modeling_living_moe.distributed import (
     world_size,
 )
 from living_moe.modeling_living_moe.lifecycle import operations
-from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
+from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import policy_named
-from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft
+from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import SHOWN, row_norms
 
@@ -91,7 +91,8 @@ class LifecycleMixin:
     @property
     def population_version(self) -> int:
         """Changes whenever an event or a load changes any layer's population."""
-        return sum(block.population.version for block in self.living_blocks)
+        fields = self._life.fields
+        return sum(block.population.version for block in self.living_blocks) + (0 if fields is None else fields.version)
 
     def living_block(self, layer: int) -> LivingMoeBlock:
         """The block of a living layer.
@@ -110,10 +111,25 @@ class LifecycleMixin:
         """Every parameter with one row per slot, layer by layer."""
         return [slot for block in self.living_blocks for slot in block.slot_parameters()]
 
+    def field_parameters(self) -> list[tuple[int, nn.Parameter]]:
+        """Every parameter that only tokens of one newborn receptive field use, with that field's number."""
+        return [
+            (field, parameter)
+            for delta in self._life.deltas()
+            for maps in (delta.down, delta.up)
+            for field, parameter in enumerate(maps, start=1)
+        ]
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def split_expert(
-        self, layer: int, uid: int, *, noise_std: float = 0.0, optimizer: Optimizer | None = None
+        self,
+        layer: int,
+        uid: int,
+        *,
+        noise_std: float = 0.0,
+        field: int | None = None,
+        optimizer: Optimizer | None = None,
     ) -> LifecycleEvent:
         """Give an expert a newborn that takes over part of its tokens. Outputs are unchanged at `noise_std` 0.
 
@@ -121,6 +137,8 @@ class LifecycleMixin:
             layer: Living layer, from 0.
             uid: The parent; it lives on. The newborn's uid is the event's child.
             noise_std: Mutation of the newborn's weights, relative to each tensor's RMS.
+            field: Receptive field of the newborn of a frozen expert of the root; None is the one its recent tokens were
+                in most, else the newest.
             optimizer: Its state follows; needed when a training run goes on after the event.
 
         Raises:
@@ -130,7 +148,11 @@ class LifecycleMixin:
         """
         if noise_std < 0:
             raise PopulationError(f"noise_std must be >= 0, got {noise_std}.")
-        return self._split(layer, uid, REQUEST, noise_std, optimizer)
+        fields = self._life.fields
+        if field is not None and (fields is None or not 1 <= field <= fields.num_fields):
+            known = "none" if fields is None else f"1..{fields.num_fields}"
+            raise PopulationError(f"field={field!r}: the newborn fields of this model are {known}.")
+        return self._split(layer, uid, REQUEST, noise_std, optimizer, field)
 
     def merge_experts(self, layer: int, uids: Sequence[int], *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Average experts into one, weighted by load, after matching their hidden units. See `operations.merge`."""
@@ -157,14 +179,73 @@ class LifecycleMixin:
         block = self.living_block(layer)
         return self._happen(operations.part(block, uid, self._surroundings(), REQUEST), optimizer)
 
+    def open_field(self, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Birth of a receptive field: one more, asleep, with deltas that are zero. No output changes.
+
+        `lifecycle_step` does it when the last field is mature.
+
+        Raises:
+            PopulationError: The model has no receptive fields, or `receptive_field.max_fields` already.
+            OptimizerError: The optimizer is unsupported, or was built before a slab grew.
+        """
+        life = self._life
+        fields, limit = life.fields, self.config.receptive_field.max_fields
+        if fields is None or fields.num_fields >= limit:
+            have = "no receptive fields" if fields is None else f"{fields.num_fields} newborn fields, as many as it may"
+            raise PopulationError(f"this model has {have}; set receptive_field.enabled and receptive_field.max_fields.")
+        number = fields.num_fields + 1
+        seed = operations.seed_of(self.config.lifecycle.seed, self.steps_lived, number)
+        value, threshold = float(fields.num_tokens()[-1]), float(self.config.receptive_field.field_tokens)
+        newborn = [
+            (delta, delta.new_field(operations.seed_of(seed, place))) for place, delta in enumerate(life.deltas())
+        ]
+        joining = [
+            (new, old) for delta, maps in newborn for new, old in zip(maps, (delta.down[-1], delta.up[-1]), strict=True)
+        ]
+        commit = join_optimizer(self, optimizer, joining)  # type: ignore[arg-type]
+        for delta, maps in newborn:
+            delta.append(*maps)
+        commit()
+        fields.resize_fields(number)
+        event = LifecycleEvent(
+            kind="field", step=self.steps_lived, layer=EVERY_LAYER, parents=(), children=(number,), metric="tokens",
+            value=value, threshold=threshold, seed=seed,
+        )  # fmt: skip
+        self.lineage.append(event)
+        self.record_populations()
+        return event
+
     def _split(
-        self, layer: int, uid: int, reason: Reason, noise_std: float, optimizer: Optimizer | None
+        self,
+        layer: int,
+        uid: int,
+        reason: Reason,
+        noise_std: float,
+        optimizer: Optimizer | None,
+        field: int | None = None,
     ) -> LifecycleEvent:
         block = self.living_block(layer)
+        queries, fields = _recent_queries(block, uid)
         drafted = operations.split(
-            block, uid, self._surroundings(), reason, noise_std=noise_std, sample=_recent_queries(block, uid)
+            block,
+            uid,
+            self._surroundings(),
+            reason,
+            noise_std=noise_std,
+            sample=queries,
+            newborn_field=self._field_in_need(fields) if field is None else field,
         )
         return self._happen(drafted, optimizer)
+
+    def _field_in_need(self, fields_S: Tensor | None) -> int:
+        """The newborn field most of the sampled tokens were in; the newest that is awake if none was in any."""
+        life = self._life
+        if life.fields is None:
+            return 1
+        if fields_S is not None and bool((fields_S > 0).any()):
+            return int(fields_S[fields_S > 0].mode().values)
+        awake = life.fields.awake.nonzero()[:, 0]
+        return int(awake[-1]) + 1 if len(awake) else 1
 
     def _surroundings(self) -> Surroundings:
         pools = [block.experts for block in self.living_blocks]
@@ -220,6 +301,8 @@ class LifecycleMixin:
             }
             populations.append(block.capacities() | {name: size for name, size in tables.items() if size})
         self.config.populations = populations
+        if self._life.fields is not None:
+            self.config.num_fields = self._life.fields.num_fields
 
     # -- life while training ---------------------------------------------------------------------------------------
 
@@ -247,6 +330,17 @@ class LifecycleMixin:
             block.vitals.since_step = None
         return tokens
 
+    def take_step_fields(self) -> Tensor | None:
+        """Tokens trained in each newborn field since the last call, summed over ranks, int64 (F,); None: no fields."""
+        fields = self._life.fields
+        if fields is None:
+            return None
+        tokens = fields.since_step
+        fields.since_step = None
+        if tokens is None:
+            tokens = torch.zeros(fields.num_fields, dtype=torch.int64, device=fields.new_counts.device)
+        return sum_over_ranks(tokens)
+
     def lifecycle_step(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
         """Live one optimizer step: fold vitals, and at decision steps let the policy change populations.
 
@@ -268,7 +362,7 @@ class LifecycleMixin:
         return self.decide_events(optimizer)
 
     def decide_events(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
-        """The second half of `lifecycle_step`: policy, plan and surgery for the present step, if it is a decision step.
+        """The second half of `lifecycle_step`: on a decision step, births of fields, policy, plan and surgery.
 
         Apart for those who measure right before and right after events.
         """
@@ -276,6 +370,9 @@ class LifecycleMixin:
         step = self.steps_lived
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []
+        events: list[LifecycleEvent] = []
+        if self._life.fields is not None and self._life.fields.wants_another():
+            events.append(self.open_field(optimizer=optimizer))
         propose = policy_named(config.policy)
         blocks = self.living_blocks
         proposals = [proposal for block in blocks for proposal in propose(block, config)]
@@ -291,13 +388,13 @@ class LifecycleMixin:
         chosen = plan(proposals, layers, config, self._splits_by_memory())
         if world_size() > 1:
             require_agreement("the lifecycle plan", fingerprint((), repr(chosen)))
-        events: list[LifecycleEvent] = []
         for proposal in chosen:
             # A bound the planner does not know (expert groups, ...) drops one event, never the run.
             with contextlib.suppress(PopulationError):
                 events.append(self._carry_out(proposal, optimizer))
         if events and world_size() > 1:
-            touched = [self.living_block(layer) for layer in sorted({event.layer for event in events})]
+            layers_touched = sorted({event.layer for event in events if event.layer != EVERY_LAYER})
+            touched = [self.living_block(layer) for layer in layers_touched]
             rows = [slot.parameter for block in touched for slot in block.slot_parameters()]
             require_agreement("the experts after an event", fingerprint(rows))
         return events
@@ -332,7 +429,7 @@ class LifecycleMixin:
         counts: list[Tensor] = []
         for block in blocks:
             pending = block.vitals.pending
-            shape = (3, len(block.population.members))
+            shape = (4, len(block.population.members))
             device = block.population.next_uid.device
             counts.append(torch.zeros(shape, dtype=torch.float64, device=device) if pending is None else pending)
         if world_size() > 1:
@@ -351,7 +448,7 @@ class LifecycleMixin:
             block.vitals.pending = block.vitals.pending_tokens = None
         if self._life.fields is not None:
             fields = self._life.fields
-            fields.fold(sum_over_ranks(fields.pending_counts()))
+            fields.fold(sum_over_ranks(fields.pending()))
 
 
 def _density(block: LivingMoeBlock, pairs: Tensor) -> Tensor:
@@ -371,16 +468,19 @@ def _gradient_norms(block: LivingMoeBlock) -> dict[str, Tensor]:
     return norms
 
 
-def _recent_queries(block: LivingMoeBlock, uid: int) -> Tensor | None:
-    """Sampled router inputs (S, H) of the tokens this expert served last, of all ranks; None if there are none."""
+def _recent_queries(block: LivingMoeBlock, uid: int) -> tuple[Tensor | None, Tensor | None]:
+    """Sampled router inputs (S, H) and fields (S,) of the tokens it served last, of all ranks; None if none."""
     sample = block.vitals.sample
-    mine: Tensor | None = None
+    mine: tuple[Tensor, Tensor] | None = None
     if sample is not None:
         member = block.population.find(uid, block.layer)
-        hidden_SH, index_SK = sample
-        mine = hidden_SH[(index_SK == member.index).any(dim=1)].float().cpu()
+        hidden_SH, index_SK, field_S = sample
+        served = (index_SK == member.index).any(dim=1)
+        mine = hidden_SH[served].float().cpu(), field_S[served].cpu()
     shared = [part for part in gather_objects(mine) if part is not None]
-    return torch.cat(shared) if shared else None
+    if not shared:
+        return None, None
+    return torch.cat([part[0] for part in shared]), torch.cat([part[1] for part in shared])
 
 
 def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:

@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 
 from living_moe.configuration.errors import CheckpointError
 
-LifecycleKind = Literal["split", "merge", "death", "freeze", "thaw", "part", "grow", "shrink"]
+LifecycleKind = Literal["split", "merge", "death", "freeze", "thaw", "part", "grow", "shrink", "field"]
+#: Layer of events that concern the whole model.
+EVERY_LAYER = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +19,12 @@ class LifecycleEvent:
 
     A split's parent lives on; its only child is the newborn. A merge's child is the surviving parent. `part` ends a
     clade: its members become clades of their own. `grow` and `shrink` change a slab's capacity and touch no expert.
+    `field` is the birth of a receptive field, of all layers (`EVERY_LAYER`); its number is the only child.
     """
 
     kind: LifecycleKind
     step: int  # optimizer steps, never wall time
-    layer: int
+    layer: int  # EVERY_LAYER where the whole model is concerned
     parents: tuple[int, ...]  # uids, never slots
     children: tuple[int, ...]
     metric: str = "request"  # what fired it, e.g. "load"; "request" is a direct call

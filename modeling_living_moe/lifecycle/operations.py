@@ -66,17 +66,25 @@ def seed_of(*parts: int) -> int:
 
 
 def split(
-    block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, *, noise_std: float, sample: Tensor | None
+    block: LivingMoeBlock,
+    uid: int,
+    around: Surroundings,
+    reason: Reason,
+    *,
+    noise_std: float,
+    sample: Tensor | None,
+    newborn_field: int = 1,
 ) -> tuple[LayerDraft, LifecycleEvent]:
     """A newborn takes over part of the parent's tokens, with a copy of its weights and key.
 
     A trainable parent keeps one side of a new facet, the newborn serves the other. A frozen parent of a model with
-    receptive fields stays as it is for the tokens of its own field; the newborn serves in its place in the newborn
+    receptive fields stays as it is for the tokens of its own field; the newborn serves in its place in a newborn
     field (if one does already, the request passes to it), at the address of one that served there before if it left
     a tombstone.
 
     Args:
         sample: Recent router inputs of the parent, (S, H), for 2-means; None draws the facet at random.
+        newborn_field: Where the newborn of a frozen parent of the root field serves.
 
     Raises:
         UnknownExpertError, PopulationError: See `_check_room`.
@@ -85,12 +93,13 @@ def split(
     parent = population.find(uid, block.layer)
     slab = parent.slab
     field = parent.field
-    if slab == "frozen" and block.num_fields and field == ROOT_FIELD:
-        field = 1
+    if slab == "frozen" and block.has_fields and field == ROOT_FIELD:
+        field = newborn_field
         heirs = [m for m in population.members if (m.clade, m.field) == (parent.clade, field)]
         if heirs:
             loads = {m.uid: float(block.vitals.table(m.slab).load[m.row]) for m in heirs}
-            return split(block, max(loads, key=lambda u: loads[u]), around, reason, noise_std=noise_std, sample=sample)
+            heir = max(loads, key=lambda u: loads[u])
+            return split(block, heir, around, reason, noise_std=noise_std, sample=sample)
         servers = {t.heir for t in population.tombstones if (t.clade, t.field) == (parent.clade, field)}
         if servers and uid not in servers:
             raise PopulationError(

@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,22 @@ class ParameterEdit:
     edit: SlabEdit
 
 
-#: Stages the optimizer's part of an edit and returns its commit. Registered by `living_moe.training`.
-OptimizerSurgeon = Callable[[Optimizer, nn.Module, Sequence[ParameterEdit]], Callable[[], None]]
+#: A new parameter that belongs to no slot, and the one whose param group it joins.
+Joining = tuple[nn.Parameter, nn.Parameter]
+
+
+class OptimizerSurgeon(Protocol):
+    """Stages the optimizer's part of an event and returns its commit. Registered by `living_moe.training`."""
+
+    def __call__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        edits: Sequence[ParameterEdit],
+        joining: Sequence[Joining] = (),
+    ) -> Callable[[], None]: ...
+
+
 _surgeon: OptimizerSurgeon | None = None
 
 
@@ -116,6 +130,27 @@ def set_optimizer_surgeon(surgeon: OptimizerSurgeon) -> None:
     """Tell events how to change an optimizer (this room must not import the training room)."""
     global _surgeon
     _surgeon = surgeon
+
+
+def surgeon() -> OptimizerSurgeon:
+    """The registered one.
+
+    Raises:
+        OptimizerError: None is.
+    """
+    if _surgeon is None:
+        raise OptimizerError("no optimizer surgery is registered; import living_moe first.")
+    return _surgeon
+
+
+def join_optimizer(model: nn.Module, optimizer: Optimizer | None, joining: Sequence[Joining]) -> Callable[[], None]:
+    """Stage the entry of new parameters, each beside its elder, into the optimizer; returns the commit.
+
+    Without an optimizer the commit makes it an error that one steps which holds the elders and not them.
+    """
+    if optimizer is None:
+        return lambda: require_optimizer(model, [new for new, _ in joining])
+    return surgeon()(optimizer, model, (), joining)
 
 
 class LayerDraft:
@@ -237,9 +272,7 @@ class LayerDraft:
         gone = [p.old for p in parameters if p.old is not None and p.old is not p.new]
         commits.append(lambda: retire(gone))
         if optimizer is not None:
-            if _surgeon is None:
-                raise OptimizerError("no optimizer surgery is registered; import living_moe first.")
-            commits.append(_surgeon(optimizer, model, parameters))
+            commits.append(surgeon()(optimizer, model, parameters))
         else:
             new = [p.new for p in parameters if p.new is not None and p.new is not p.old]
             commits.append(lambda: require_optimizer(model, new))
@@ -446,7 +479,7 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
         values = [getattr(old[s.slab], name)[s.row] for s in row.sources]
         if row.life == "same":
             column[number] = values[0]
-        elif name in ("overloaded", "starved"):
+        elif name in ("overloaded", "starved", "idle"):
             column[number] = 0
         elif row.life == "merged":
             shared = name in ("load", "foreign_load", "tokens")

@@ -109,17 +109,20 @@ def test_the_vitals_count_the_tokens_the_oracle_sends(rule: str, life: list[tupl
     model = after(rule, "frozen-graft", life)
     block = model.living_blocks[0].train()
     hidden_TH = torch.randn(TOKENS, HIDDEN)
-    field_T = torch.randint(2, (TOKENS,))
+    field_T = torch.randint(3, (TOKENS,))
     real_T = torch.rand(TOKENS) < 0.7
-    block.context = ForwardContext(FieldGate(field_T[None], torch.zeros(1, TOKENS, 1)), real_T[None], observe=True)
+    block.context = ForwardContext(FieldGate(field_T[None], torch.zeros(1, TOKENS, 2)), real_T[None], observe=True)
     block.vitals.pending = block.vitals.since_step = None
     block(hidden_TH[None])
-    expected = torch.zeros(3, len(block.population.members), dtype=torch.float64)
+    members = block.population.members
+    expected = torch.zeros(4, len(members), dtype=torch.float64)
     for t in range(TOKENS):
         for weight, member in reference_route(block, hidden_TH[t], int(field_T[t])):
             if real_T[t]:
                 foreign = float(member.field != int(field_T[t]))
-                expected[:, member.index] += torch.tensor([1.0, float(weight), foreign], dtype=torch.float64)
+                expected[:3, member.index] += torch.tensor([1.0, float(weight), foreign], dtype=torch.float64)
+                # What an expert's load is measured against: all pairs of its field, for the root's all there are.
+                expected[3] += torch.tensor([m.field in (0, int(field_T[t])) for m in members], dtype=torch.float64)
     torch.testing.assert_close(block.vitals.pending, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(block.vitals.since_step, expected[0].long())
 

@@ -147,7 +147,7 @@ A_TENSORS: dict[str, str] = {
     "vitals": BLOCK + "vitals.frozen.load",
     "facets": BLOCK + "population.facet_normal",
     "attention": "model.backbone.layers.1.self_attn.q_proj.weight",
-    "a delta": "head_delta.up",
+    "a delta": "head_delta.up.0",
     "densities": "model.fields.old_counts",
     "the head": "lm_head.weight",
     "steps": "model.clock.steps",

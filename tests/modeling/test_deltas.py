@@ -1,5 +1,6 @@
 """Contract of field deltas: a token of the root field keeps the source's output bit for bit, a token of a newborn field
-gets that field's update, and the linear maps stay the source's own modules. The oracle is one token at a time.
+gets that field's update, the linear maps stay the source's own modules, and the birth of a field changes nothing. The
+oracle is one token at a time.
 """
 
 import copy
@@ -7,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from factories import living_model, logits, mixed_text
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.modeling_living_moe import deltas
 from living_moe.modeling_living_moe.deltas import FieldDelta, attach_deltas
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 
@@ -66,12 +69,13 @@ def waken(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, FieldDelta):
-            with torch.no_grad():
-                module.up.copy_(torch.randn(module.up.shape, generator=generator))
+            for up in module.up:
+                with torch.no_grad():
+                    up.copy_(torch.randn(up.shape, generator=generator))
 
 
 def open_gate(model: nn.Module, index: Tensor | None) -> None:
-    gate = None if index is None else FieldGate(index, torch.zeros(*index.shape, 1))
+    gate = None if index is None else FieldGate(index, torch.zeros(*index.shape, 3))
     for module in model.modules():
         if hasattr(module, "gate_holder"):
             module.gate_holder.gate = gate
@@ -84,25 +88,33 @@ def slow_delta(delta: FieldDelta, x: Tensor, out: Tensor, index: Tensor) -> Tens
     return torch.stack(rows).reshape(out.shape)
 
 
+def field_deltas(model: nn.Module) -> list[FieldDelta]:
+    return [module for module in model.modules() if isinstance(module, FieldDelta)]
+
+
 @given(
     leading=st.sampled_from([(5,), (2, 7), (1, 1), (2, 3, 2)]),
     rank=st.integers(1, 4),
     num_fields=st.integers(1, 3),
+    fields=st.one_of(st.none(), st.sets(st.integers(1, 3))),
     seed=st.integers(0, 10_000),
 )
 def test_the_delta_equals_one_token_at_a_time_forward_and_backward(
-    leading: tuple[int, ...], rank: int, num_fields: int, seed: int
+    leading: tuple[int, ...], rank: int, num_fields: int, fields: set[int] | None, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     delta = FieldDelta(4, 6, rank, num_fields).double()
     waken(delta)
     x, out, weight = (torch.randn(*leading, width, generator=generator).double() for width in (4, 6, 6))
     index = torch.randint(0, num_fields + 1, leading, generator=generator)
+    present = None if fields is None else sorted(field for field in fields if field <= num_fields)
+    # A token of a field that does not take part is one of the root.
+    seen = index if present is None else torch.where(torch.isin(index, torch.tensor([0, *present])), index, 0)
     results = []
-    for function in (delta, lambda *args: slow_delta(delta, *args)):
+    for function in (lambda *args: delta(*args, index, present), lambda *args: slow_delta(delta, *args, seen)):
         leaves = [x.clone().requires_grad_(), out.clone().requires_grad_()]
-        result = function(*leaves, index)
-        inputs = [*leaves, delta.down, delta.up]
+        result = function(*leaves)
+        inputs = [*leaves, *delta.down, *delta.up]
         grads = torch.autograd.grad((result * weight).sum(), inputs, allow_unused=True)
         zeros = [torch.zeros_like(each) for each in inputs]
         results.append([result, *(z if g is None else g for g, z in zip(grads, zeros, strict=True))])
@@ -125,23 +137,186 @@ def test_a_newborn_delta_changes_nothing_and_learns_from_its_first_gradient() ->
     result = delta(x, out, torch.ones(9, dtype=torch.int64))
     assert torch.equal(result, out)
     (result * torch.randn(9, 6)).sum().backward()
-    assert delta.up.grad is not None and delta.up.grad.abs().min() > 0
-    assert delta.down.var().item() == pytest.approx(1 / 4, rel=0.9)
+    assert delta.up[0].grad is not None and delta.up[0].grad.abs().min() > 0
+    assert FieldDelta(64, 6, 32).down[0].var().item() == pytest.approx(1 / 64, rel=0.2)
 
 
-def test_in_training_every_parameter_gets_a_gradient_whatever_the_gate_says() -> None:
-    model = attach(mixtral()).train()
+#: None, or the field of each of 2 x 6 tokens; which fields have some.
+GATES = {
+    "no gate": (None, set()),
+    "all root": (torch.zeros(2, 6, dtype=torch.int64), set()),
+    "one field": (torch.tensor([[0, 0, 2, 2, 2, 2]] * 2), {2}),
+    "two fields": (torch.tensor([[3, 3, 0, 0, 1, 1]] * 2), {1, 3}),
+}
+
+
+def gradients_of(model: PreTrainedModel, index: Tensor | None) -> dict[int, list[Tensor | None]]:
+    """Gradients of the deltas of each field, after a training pass."""
+    open_gate(model, index)
+    model.zero_grad()
+    ids = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(4))
+    model(input_ids=ids).logits.square().mean().backward()
+    every = field_deltas(model)
+    return {field: [maps[field - 1].grad for d in every for maps in (d.down, d.up)] for field in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_in_one_process_a_field_without_tokens_gets_no_gradient(gate: str) -> None:
+    model = attach(mixtral(), num_fields=3).train()
+    waken(model)
+    index, present = GATES[gate]
+    for field, gradients in gradients_of(model, index).items():
+        for gradient in gradients:
+            assert (gradient is not None) == (field in present)
+            assert gradient is None or gradient.any()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_on_several_ranks_every_delta_gets_the_gradient_of_one_process_or_zero(
+    gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach(mixtral(), num_fields=3).train()
+    waken(model)
+    index, present = GATES[gate]
+    alone = gradients_of(model, index)
+    monkeypatch.setattr(deltas, "world_size", lambda: 2)
+    for field, gradients in gradients_of(model, index).items():
+        for gradient, expected in zip(gradients, alone[field], strict=True):
+            assert gradient is not None
+            if field in present:
+                torch.testing.assert_close(gradient, expected)
+            else:
+                assert not gradient.any()
+
+
+def test_in_evaluation_on_several_ranks_absent_fields_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deltas, "world_size", lambda: 2)
+    monkeypatch.setattr(FieldDelta, "forward", lambda *_: pytest.fail("a closed delta was computed"))
+    model = attach(mixtral()).eval()
+    open_gate(model, torch.zeros(2, 6, dtype=torch.int64))
+    model(input_ids=torch.randint(0, 32, (2, 6)))
+
+
+# Births
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_birth_of_a_field_changes_no_output_and_no_gradient_bit_for_bit(training: bool) -> None:
+    model = attach(mixtral(), num_fields=2).train(training)
     waken(model)
     ids = torch.randint(0, 32, (2, 6))
-    for index in (None, torch.zeros_like(ids), torch.ones_like(ids)):
-        open_gate(model, index)
+    index = torch.tensor([[0, 1, 1, 0, 2, 2], [2, 0, 0, 1, 1, 1]])
+
+    def passed() -> list[Tensor]:
         model.zero_grad()
-        model(input_ids=ids).logits.square().mean().backward()
-        used = index is not None and bool(index.any())
-        for name, parameter in model.named_parameters():
-            if "field_deltas" in name:
-                assert parameter.grad is not None, name
-                assert bool(parameter.grad.any()) == used, name
+        out = model(input_ids=ids).logits
+        out.square().mean().backward()
+        return [out, *(p.grad for name, p in model.named_parameters() if p.grad is not None)]
+
+    open_gate(model, index)
+    before = passed()
+    for seed, delta in enumerate(field_deltas(model)):
+        delta.append(*delta.new_field(seed))
+    assert {delta.num_fields for delta in field_deltas(model)} == {3}
+    for one, other in zip(passed(), before, strict=True):
+        assert torch.equal(one, other)
+    # Where the newborn field is open it says what the root says, and learns.
+    open_gate(model, None)
+    root = model(input_ids=ids).logits
+    open_gate(model, torch.full_like(ids, 3))
+    assert torch.equal(passed()[0], root)
+    assert all(delta.up[2].grad is not None and delta.up[2].grad.any() for delta in field_deltas(model))
+
+
+def test_the_birth_of_a_field_changes_no_logit_of_a_living_model_bit_for_bit() -> None:
+    model = living_model("mixtral", "frozen-graft")
+    waken(model)
+    ids = mixed_text(2, 24)
+    before, number = logits(model, ids), len(model.model.deltas())
+    assert number == 4 * 2 + 1 and model.model.fields(ids).present == (1,)
+    model.open_field()
+    assert [delta.num_fields for delta in model.model.deltas()] == [2] * number
+    assert model.model.fields.num_fields == 2
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_a_new_field_is_the_same_on_every_call_with_a_seed_and_draws_from_nobody() -> None:
+    delta = FieldDelta(64, 6, 8, num_fields=2).bfloat16()
+    state = torch.get_rng_state()
+    first, again, other = (delta.new_field(seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    assert not first[1].any()
+    assert [tuple(each.shape) for each in first] == [(8, 64), (6, 8)]
+    assert first[0].float().var().item() == pytest.approx(1 / 64, rel=0.2)
+    assert delta.num_fields == 2 and not any(each is new for each in delta.parameters() for new in first)
+    for trains in (True, False):
+        delta.requires_grad_(trains)
+        for each in delta.new_field(5):
+            assert isinstance(each, nn.Parameter)
+            assert each.dtype == torch.bfloat16 and each.requires_grad == trains
+
+
+def test_fields_are_appended_and_dropped_and_the_others_stay_the_same_parameters() -> None:
+    delta = FieldDelta(4, 6, 2, num_fields=2)
+    waken(delta)
+    old = [*delta.down, *delta.up]
+    down, up = delta.new_field(1)
+    delta.append(down, up)
+    assert delta.num_fields == 3
+    assert all(
+        one is other for one, other in zip([*delta.down, *delta.up], [*old[:2], down, *old[2:], up], strict=True)
+    )
+    assert {name for name, _ in delta.named_parameters()} == {f"{m}.{f}" for m in ("down", "up") for f in range(3)}
+    with torch.no_grad():
+        up.normal_()
+    x, out, index = torch.randn(8, 4), torch.randn(8, 6), torch.arange(8) % 4
+    torch.testing.assert_close(delta(x, out, index), slow_delta(delta, x, out, index))
+    delta.keep(1)
+    assert delta.num_fields == 1 and list(delta.state_dict()) == ["down.0", "up.0"]
+    assert delta.down[0] is old[0] and delta.up[0] is old[2]
+    index = index % 2
+    torch.testing.assert_close(delta(x, out, index), slow_delta(delta, x, out, index))
+    restored = FieldDelta(4, 6, 2, num_fields=1)
+    restored.load_state_dict(delta.state_dict())
+    assert torch.equal(restored(x, out, index), delta(x, out, index))
+    delta.reset_parameters()
+    assert not delta.up[0].any()  # also after `keep` the lists know their initial values
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("size", [9, 4])
+def test_a_resized_output_keeps_the_updates_of_the_outputs_that_stay(size: int, trains: bool) -> None:
+    delta = FieldDelta(4, 6, 2, num_fields=2).requires_grad_(trains)
+    waken(delta)
+    x, index = torch.randn(9, 4), torch.arange(9) % 3
+    before, kept = delta(x, torch.zeros(9, 6), index), min(size, 6)
+    down = list(delta.down)
+    delta.resize_output(size)
+    after = delta(x, torch.zeros(9, size), index)
+    assert torch.equal(after[:, :kept], before[:, :kept])
+    assert not after[:, kept:].any()
+    assert [tuple(up.shape) for up in delta.up] == [(size, 2)] * 2 and delta.out_features == size
+    assert all(one is other for one, other in zip(delta.down, down, strict=True))
+    assert all(isinstance(up, nn.Parameter) and up.requires_grad == trains for up in delta.up)
+    assert tuple(delta.new_field(1)[1].shape) == (size, 2)
+    ups = list(delta.up)
+    delta.resize_output(size)
+    assert all(one is other for one, other in zip(delta.up, ups, strict=True))
+
+
+def test_resetting_leaves_alone_what_a_checkpoint_has_loaded() -> None:
+    delta = FieldDelta(4, 6, 2, num_fields=2)
+    waken(delta)
+    before = [each.clone() for each in delta.parameters()]
+    delta.down[0]._is_hf_initialized = delta.up[1]._is_hf_initialized = True  # as `from_pretrained` marks them
+    delta.reset_parameters()
+    same = [torch.equal(each, old) for each, old in zip(delta.parameters(), before, strict=True)]
+    assert same == [True, False, False, True]
+    assert not delta.up[0].any()
+
+
+# In a model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,7 +383,7 @@ def test_a_copy_of_the_model_works_on_its_own(how: str) -> None:
     assert not torch.equal(closed, before)
     for module in twin.modules():
         if isinstance(module, FieldDelta):
-            nn.init.zeros_(module.up)
+            nn.init.zeros_(module.up[0])
     assert torch.equal(model(input_ids=ids).logits, before)
     open_gate(twin, torch.ones_like(ids))
     assert torch.equal(twin(input_ids=ids).logits, closed)
@@ -273,8 +448,8 @@ def test_deltas_follow_the_dtype_and_device_of_their_linear_maps() -> None:
     assert all(p.is_meta for p in model.parameters())
     delta = model.model.layers[0].self_attn.field_deltas["q_proj_delta"]
     delta.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(delta.up, torch.zeros_like(delta.up))
-    assert delta.down.isfinite().all()
+    assert torch.equal(delta.up[0], torch.zeros_like(delta.up[0]))
+    assert delta.down[0].isfinite().all()
 
 
 def test_a_map_that_is_not_there_is_refused_by_name_and_nothing_is_attached() -> None:

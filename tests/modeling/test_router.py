@@ -73,7 +73,7 @@ def test_a_split_at_a_facet_of_the_queries_divides_them_in_two() -> None:
     ids = mixed_text(8, 16)
     model(ids)
     uid = max(range(8), key=lambda uid: int((model.living_blocks[0].vitals.sample[1] == uid).sum()))
-    hidden_SH, index_SK = model.living_blocks[0].vitals.sample
+    hidden_SH, index_SK, _ = model.living_blocks[0].vitals.sample
     queries = hidden_SH[(index_SK == uid).any(dim=1)]
     model.split_expert(0, uid)
     population = model.living_blocks[0].population
@@ -197,12 +197,12 @@ def test_the_loss_of_fields_weighs_each_by_its_tokens() -> None:
         assert min(shares) > 0.2
         expected = []
         for block in model.living_blocks:
-            choices: list[tuple[Tensor, Tensor]] = []
+            choices: dict[int, tuple[Tensor, Tensor]] = {}
             hidden = []
             hook = block.register_forward_pre_hook(lambda module, args, hidden=hidden: hidden.append(args[0]))
             model(ids)
             hook.remove()
-            block.router(hidden[0].reshape(-1, HIDDEN), block.population, field_T, 1, choices)
+            block.router(hidden[0].reshape(-1, HIDDEN), block.population, field_T, (1,), choices)
             terms = [load_balancing_loss(*choices[field], field_T == field) * shares[field] for field in (0, 1)]
             expected.append(sum(terms))
     torch.testing.assert_close(both, torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)

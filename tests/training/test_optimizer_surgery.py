@@ -823,7 +823,7 @@ def test_a_failure_while_staging_changes_nothing(make_optimizer, event, monkeypa
     before = everything(model, optimizer)
     calls = []
 
-    def fail_at_last(optimizer, model, edits):
+    def fail_at_last(optimizer, model, edits, joining):
         calls.append("groups")
         raise MemoryError("planted")
 

@@ -55,6 +55,8 @@ class Population(nn.Module):
         self.layers = nn.ModuleList([Slab(5), Slab(3)])
         self.population_version = 0
         self.tokens = [torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)]
+        self.deltas = nn.ModuleList([nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)])
+        self.field_tokens = torch.zeros(2, dtype=torch.int64)
 
     def slot_parameters(self) -> Iterator[Slot]:
         for layer, slab in enumerate(self.layers):
@@ -67,11 +69,21 @@ class Population(nn.Module):
             tokens.zero_()
         return taken
 
+    def field_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        for field, delta in enumerate(self.deltas, start=1):
+            yield field, delta.weight
+
+    def take_step_fields(self) -> Tensor:
+        taken = self.field_tokens.clone()
+        self.field_tokens.zero_()
+        return taken
+
     def set_gradients(self, rows: list[list[int]], seed: int) -> None:
         """Gradients as a backward pass leaves them whose tokens went to `rows`. Keys get theirs from all tokens."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        self.field_tokens += 1
         for layer, slab in enumerate(self.layers):
             self.tokens[layer][rows[layer]] += 1
             idle = [row for row in range(len(self.tokens[layer])) if row not in rows[layer]]
@@ -155,6 +167,22 @@ def test_each_expert_steps_as_if_it_were_alone_and_idle_ones_keep_every_bit(
         assert optimizer.state[parameter]["step"].tolist() == steps
 
 
+def test_deltas_of_a_field_without_tokens_keep_every_bit_whatever_gradient_they_have() -> None:
+    """On several ranks DDP gives them one of zeros; momentum and weight decay would move them."""
+    model = Population()
+    optimizer = LivingAdamW(model, **HYPERPARAMETERS)
+    model.set_gradients(ALL_ROWS, 0)
+    optimizer.step()
+    first, second = (delta.weight for delta in model.deltas)
+    before = [(p.detach().clone(), copy.deepcopy(optimizer.state[p])) for p in (first, second)]
+    model.set_gradients(ALL_ROWS, 1)
+    model.field_tokens[0] = 0
+    optimizer.step()
+    assert torch.equal(first, before[0][0]) and not torch.equal(second, before[1][0])
+    assert all(torch.equal(value, before[0][1][name]) for name, value in optimizer.state[first].items())
+    assert int(optimizer.state[second]["step"]) == 2
+
+
 def test_a_newborn_takes_a_first_step_of_one_learning_rate() -> None:
     model = Population()
     optimizer = LivingAdamW(model, lr=0.01, weight_decay=0.0)
@@ -203,7 +231,9 @@ def test_groups_are_tagged_and_hold_every_trainable_parameter_once() -> None:
     assert groups["experts"]["params"] == [model.layers[0].gate_up_proj, model.layers[0].down_proj]
     assert [group["weight_decay"] for group in groups.values()] == [0.3, 0.0, 0.3, 0.3]
     without = LivingAdamW(model, decay_embeddings=False).param_groups
-    assert without[0]["params"] == [] and any(p is model.embedding.weight for p in without[1]["params"])
+    assert without[0]["params"] == [delta.weight for delta in model.deltas] and any(
+        p is model.embedding.weight for p in without[1]["params"]
+    )
 
 
 def test_hand_made_groups_step_lazily_with_the_model_and_plainly_without() -> None:

@@ -1,8 +1,9 @@
 """Split the overloaded, adapt the frozen that are in demand, remove the starved.
 
 Loads are multiples of a uniform share: of the clades for overload, of the experts for starvation. An expert must be
-over (or under) its threshold for `patience` decisions in a row; newborns are immune until `min_age_steps`. A newborn
-halves its parent's load, so with `split_load` above twice `death_load` a split never makes a candidate for death.
+over (or under) its threshold for `patience` decisions in a row; newborns are immune until `min_age_steps`, and so is
+whoever's receptive field had no token since the last decision: that is no evidence. A newborn halves its parent's
+load, so with `split_load` above twice `death_load` a split never makes a candidate for death.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
     """Proposals for one layer; advances its hysteresis counters."""
     proposals: list[Proposal] = []
     rows: dict[str, dict[str, list[float]]] = {}
-    columns = ("load", "foreign_load", "age", "overloaded", "starved")
+    columns = ("load", "foreign_load", "age", "idle", "overloaded", "starved")
     for slab in block.population.alive:
         table = block.vitals.table(slab)
         rows[slab] = {name: getattr(table, name).tolist() for name in columns}
-    has_fields = block.num_fields > 0
+    has_fields = block.has_fields
     population = block.population
     # Shares are of the experts that a field's tokens can reach, not of those its newborns replace. A split does not
     # move tokens between clades, so overload is measured against a clade's uniform share: that stays where it is while
@@ -35,6 +36,8 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
     clades = {field: population.num_open(field) for field in fields}
     for member in population.members:
         values = {name: rows[member.slab][name][member.row] for name in columns}
+        if values["idle"] >= config.interval:
+            continue
         per_expert = values["load"] * reachable[member.field] / len(population.members)
         values["load"] *= clades[member.field] / len(population.members)
         # A frozen expert outside its field cannot learn, so any real demand there is unmet.
