@@ -3,7 +3,7 @@
 Imports nothing else of living_moe, so every other room may import it.
 """
 
-from living_moe.configuration.configuration_living_moe import FORMAT_VERSION, SLABS, LivingMoeConfig
+from living_moe.configuration.configuration_living_moe import FORMAT_VERSION, LivingMoeConfig
 from living_moe.configuration.errors import (
     CheckpointError,
     ConfigurationError,
@@ -25,6 +25,7 @@ from living_moe.configuration.sections import (
     TrainableConfig,
     VitalsConfig,
 )
+from living_moe.configuration.slabs import SLABS, is_frozen, slab_name, tier_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -48,5 +49,8 @@ __all__ = [
     "TrainingError",
     "UnknownExpertError",
     "VitalsConfig",
+    "is_frozen",
     "preset_sections",
+    "slab_name",
+    "tier_of",
 ]

@@ -40,12 +40,10 @@ from living_moe.configuration.sections import (
     VitalsConfig,
     did_you_mean,
 )
+from living_moe.configuration.slabs import SLABS
 
 #: Version of the checkpoint format this code writes, and the newest it reads.
 FORMAT_VERSION = 1
-
-#: The slabs of a layer, in slot order.
-SLABS = ("frozen", "trainable")
 
 #: What else `populations` holds per layer: sizes of the tables that divide clades among their members.
 FACET_TABLES = ("facets", "leaves", "tombstones")
@@ -519,4 +517,4 @@ def _backbone_from(value: Any) -> PreTrainedConfig:
     return backbone
 
 
-__all__ = ["FORMAT_VERSION", "SLABS", "LivingMoeConfig"]
+__all__ = ["FORMAT_VERSION", "LivingMoeConfig"]

@@ -54,6 +54,17 @@ PRESETS: dict[str, Preset] = {
             },
         ),
         Preset(
+            name="microexperts",
+            description="The population grows, consolidates and forgets by local rules: whoever is being overwritten "
+            "splits and protects itself, fragments merge into wider experts, the starved die. Tokens take as many "
+            "experts as they need. Everything trains; it may start from one expert per layer.",
+            sections={
+                "router": {"selection": "top_any"},
+                "experts": {"freeze_pretrained": False, "max_tier": 2},
+                "lifecycle": {"policy": "self_preservation"},
+            },
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={

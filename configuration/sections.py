@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.slabs import MOST_TIERS
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -186,6 +187,10 @@ class ExpertsConfig(Section):
     init_gain: float | None = None
     #: sparse: share of the entries that are zero.
     init_sparsity: float = 0.9
+    #: Width of a tier's experts, in widths of the tier below; tier 0 has the backbone's.
+    tier_factor: int = 4
+    #: Highest tier that merges may make; 0 keeps every expert at the backbone's width.
+    max_tier: int = 0
     #: A full slab grows to this multiple of its capacity (geometric growth keeps re-wrapping rare).
     growth_factor: float = 1.5
     #: A slab shrinks to its alive rows when fewer than this share of its slots are alive.
@@ -197,6 +202,8 @@ class ExpertsConfig(Section):
         self.require_one_of("init", ("default", "orthogonal", "sparse", "pretrained"))
         self.require("init_gain", self.init_gain is None or self.init_gain > 0, "None or > 0")
         self.require("init_sparsity", 0 <= self.init_sparsity < 1, "in [0, 1)")
+        self.require("tier_factor", self.tier_factor >= 2, ">= 2")
+        self.require("max_tier", 0 <= self.max_tier < MOST_TIERS, f"from 0 to {MOST_TIERS - 1}")
         self.require("growth_factor", self.growth_factor > 1, "> 1")
         self.require("shrink_below", 0 <= self.shrink_below < 1, "in [0, 1)")
         self.require("memory_budget_mib", self.memory_budget_mib is None or self.memory_budget_mib > 0, "None or > 0")
@@ -359,6 +366,23 @@ class LifecycleConfig(Section):
     death_load: float = 0.02
     #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.
     adapt_load: float = 0.25
+    #: Minimum age, patience and cooldown grow with this power of an expert's width.
+    lifetime_exponent: float = 0.5
+    #: self_preservation: an expert is being cannibalised where the fast average of its tokens' loss is above the slow
+    #: one by this many nats, and the others pull the mixture from its output by more than `split_interference` times
+    #: the length of that, or its gradients run against their running direction (cosine below `split_conflict`).
+    split_divergence: float = 0.05
+    split_interference: float = 0.5
+    split_conflict: float = -0.1
+    #: self_preservation: steps for which the preserver of a split stays frozen, times its load (at most fourfold).
+    preserve_steps: int = 100
+    #: self_preservation: experts below this load are weak; two weak ones of which at least this share of the tokens of
+    #: one reach both are fragments, and merge. Strong ones below the highest tier do at `gravity_coactivation`.
+    merge_load: float = 0.5
+    merge_coactivation: float = 0.5
+    gravity_coactivation: float = 0.8
+    #: self_preservation: share of `experts.memory_budget_mib` from which on the weakest merge whatever they serve.
+    memory_pressure: float = 0.9
     #: Siblings may not merge back for this many steps after their split.
     sibling_merge_bar_steps: int = 500
     #: Most events of one lifecycle step, all layers together.
@@ -380,6 +404,12 @@ class LifecycleConfig(Section):
         self.require("noise_std", self.noise_std >= 0, ">= 0")
         self.require("death_load", 0 <= self.death_load, ">= 0")
         self.require("adapt_load", 0 <= self.adapt_load, ">= 0")
+        self.require("preserve_steps", self.preserve_steps >= 0, ">= 0")
+        for name in ("lifetime_exponent", "split_divergence", "split_interference", "merge_load"):
+            self.require(name, getattr(self, name) >= 0, ">= 0")
+        self.require("split_conflict", -1 <= self.split_conflict <= 1, "in [-1, 1]")
+        for name in ("merge_coactivation", "gravity_coactivation", "memory_pressure"):
+            self.require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
         self.require("split_load", self.split_load > 2 * self.death_load, "> 2 * lifecycle.death_load (hysteresis)")
         self.require("min_experts", self.min_experts is None or self.min_experts >= 1, "None or >= 1")
         floor = self.min_experts or 1

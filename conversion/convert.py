@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConversionError
 from living_moe.configuration.sections import RouterConfig
+from living_moe.configuration.slabs import slab_name
 from living_moe.conversion.tables import BLOCK_TENSORS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.deltas import FieldDelta
@@ -181,7 +182,7 @@ def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: boo
     family = family_of(source.config)
     with torch.device("meta"):
         living = LivingMoeForCausalLM(config)
-    slab = "frozen" if config.experts.freeze_pretrained else "trainable"
+    slab = slab_name(0, frozen=config.experts.freeze_pretrained)
     blocks = living_block_names(source, family)
 
     def name_here(name: str) -> str:

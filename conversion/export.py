@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from living_moe.configuration.errors import ConversionError
+from living_moe.configuration.slabs import tier_of
 from living_moe.conversion.convert import (
     copy_tokenizer,
     free_directory,
@@ -142,6 +143,11 @@ def uniform_addresses(living: LivingMoeForCausalLM, family: Family, field: int) 
             )
         if closed := [cell[0].uid for cell in cells if cell[0].server == NOBODY]:
             problems.append(f"layer {block.layer}: the dead uids {closed} are still scored, though never chosen")
+        servers = {cell[0].server for cell in cells if cell[0].server != NOBODY}
+        if wide := [m.uid for m in block.population.members if m.index in servers and tier_of(m.slab) > 0]:
+            problems.append(
+                f"layer {block.layer}: uids {', '.join(map(str, wide))} are wider than the family's experts"
+            )
         layers.append(sorted((cell[0] for cell in cells), key=lambda address: address.group))
         num_groups = block.router.scoring.num_groups
         sizes = [sum(address.group == group for address in layers[-1]) for group in range(num_groups)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import CheckpointError
+from living_moe.configuration.slabs import MOST_TIERS, slab_name
 from living_moe.model_cards.card import ParameterCounts
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.checkpoint import check_files, check_population
@@ -91,6 +93,14 @@ def read_tables(directory: Path) -> dict[str, Tensor]:
     return tables
 
 
+def by_tier(alive: Mapping[str, int], *, frozen: bool) -> str:
+    """Experts that are frozen, or train: "12", or "12 + 3" where tiers above the first have any."""
+    counts = [alive.get(slab_name(tier, frozen=frozen), 0) for tier in range(MOST_TIERS)]
+    while len(counts) > 1 and not counts[-1]:
+        counts.pop()
+    return " + ".join(map(str, counts))
+
+
 def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
     """Print an inspection: populations, parameters, the last events."""
     config, counts = inspection.config, inspection.parameters
@@ -115,8 +125,8 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
         table.add_row(
             str(layer),
             str(len(population.members)),
-            str(population.alive.get("frozen", 0)),
-            str(population.alive.get("trainable", 0)),
+            by_tier(population.alive, frozen=True),
+            by_tier(population.alive, frozen=False),
             str(len({member.clade for member in population.members})),
             str(sum(member.field > 0 for member in population.members)),
             f"{float(load.max()):.2f}",

@@ -34,8 +34,10 @@ def parameter_counts(model: LivingMoePreTrainedModel) -> ParameterCounts:
             active += size if slot.role == "key" else 0
         trainable += size if parameter.requires_grad else 0
     for block in model.living_blocks:
-        pool = block.experts
-        active += block.router.scoring.top_k * 3 * pool.hidden_size * pool.intermediate_size
+        # With experts of several widths, of the mean one.
+        alive, pool = block.population.alive, block.experts
+        units = sum(count * pool.width(slab) for slab, count in alive.items()) / max(1, sum(alive.values()))
+        active += round(block.router.scoring.top_k * 3 * pool.hidden_size * units)
     return {"total": total, "active": active, "trainable": trainable}
 
 

@@ -20,12 +20,13 @@ from transformers.utils.output_capturing import OutputRecorder
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import ExpertsConfig
+from living_moe.configuration.slabs import SLABS, slab_name
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import DownMaps, GateHolder, UpMaps, attach_deltas
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
-from living_moe.modeling_living_moe.population import SLABS, Population, RowTable
+from living_moe.modeling_living_moe.population import Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import Keys, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
@@ -39,8 +40,7 @@ def num_fields(config: LivingMoeConfig) -> int:
 
 def fresh_capacities(config: LivingMoeConfig, family: Family) -> dict[str, int]:
     """Slots of one layer right after a graft: every pretrained expert, no spare."""
-    slab = "frozen" if config.experts.freeze_pretrained else "trainable"
-    return {slab: family.num_experts(config.backbone_config)}
+    return {slab_name(0, frozen=config.experts.freeze_pretrained): family.num_experts(config.backbone_config)}
 
 
 class LivingBackbone:
@@ -77,6 +77,7 @@ class LivingBackbone:
                 num_tombstones=population.get("tombstones", 0),
                 has_fields=config.receptive_field.enabled,
                 router=config.router,
+                experts=config.experts,
                 trainable=config.trainable,
                 vitals=config.vitals,
                 plasticity=config.plasticity,

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from living_moe.configuration.sections import PlasticityConfig, RouterConfig, TrainableConfig, VitalsConfig
+from living_moe.configuration.sections import (
+    ExpertsConfig,
+    PlasticityConfig,
+    RouterConfig,
+    TrainableConfig,
+    VitalsConfig,
+)
+from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.experts import ExpertPool
 from living_moe.modeling_living_moe.families import Family
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
-from living_moe.modeling_living_moe.population import SLABS, Population
+from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
 from living_moe.modeling_living_moe.vitals import Vitals
@@ -90,6 +97,7 @@ class LivingMoeBlock(nn.Module):
         num_tombstones: int = 0,
         has_fields: bool = False,
         router: RouterConfig | None = None,
+        experts: ExpertsConfig | None = None,
         trainable: TrainableConfig | None = None,
         vitals: VitalsConfig | None = None,
         plasticity: PlasticityConfig | None = None,
@@ -102,7 +110,8 @@ class LivingMoeBlock(nn.Module):
         self.has_fields = has_fields
         self.jitter_noise = family.jitter_noise(config)
         self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
-        self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config))
+        factor = (experts or ExpertsConfig()).tier_factor
+        self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config), factor)
         self.population = Population(
             capacities,
             hidden,

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from living_moe.configuration.errors import CheckpointError, LivingMoeError
+from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
 from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
-from living_moe.modeling_living_moe.population import NOBODY, SLABS, IdentityTable, Population
+from living_moe.modeling_living_moe.population import NOBODY, IdentityTable, Population
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 CARD_NAME = "README.md"
@@ -222,16 +223,17 @@ class CheckpointMixin:
 
     def apply_trainability(self) -> None:
         """Set `requires_grad` from the config: frozen slabs never, everything else as the section `trainable` says."""
-        keys = {"frozen": self.config.trainable.frozen_keys, "trainable": self.config.trainable.keys}
+        choices = self.config.trainable
         slots = {id(slot.parameter): slot for slot in self.slot_parameters()}  # type: ignore[attr-defined]
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             slot = slots.get(id(parameter))
             if slot is not None:
                 is_key = slot.role == "key"
-                trainable = keys[slot.slab] if is_key else slot.slab != "frozen"
+                frozen = is_frozen(slot.slab)
+                trainable = (choices.frozen_keys if frozen else choices.keys) if is_key else not frozen
             else:
                 concern = next((c for part, c in _CONCERNS if part in f".{name}"), "mlps")
-                trainable = concern is None or getattr(self.config.trainable, concern)
+                trainable = concern is None or getattr(choices, concern)
             parameter.requires_grad_(trainable)
 
     def _named_blocks(self) -> list[tuple[str, LivingMoeBlock]]:

@@ -18,7 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from living_moe.configuration.sections import ExpertsConfig
-from living_moe.modeling_living_moe.population import SLABS, sort_slabs
+from living_moe.configuration.slabs import SLABS, is_frozen, tier_of
+from living_moe.modeling_living_moe.population import sort_slabs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -110,19 +111,48 @@ def unwrapped(module: nn.Module) -> ExpertSlab:
 
 
 class ExpertPool(nn.Module):
-    """The slabs of one layer, in slot order. Child modules are named after the slabs they hold."""
+    """The slabs of one layer, in slot order. Child modules are named after the slabs they hold.
 
-    def __init__(self, config: PreTrainedConfig, capacities: dict[str, int], hidden_size: int, intermediate_size: int):
+    Args:
+        config: The backbone's config object itself.
+        capacities: Slots per slab.
+        hidden_size, intermediate_size: H, and I of tier 0.
+        tier_factor: Width of a tier in widths of the one below.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        capacities: dict[str, int],
+        hidden_size: int,
+        intermediate_size: int,
+        tier_factor: int = 1,
+    ):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.tier_factor = tier_factor
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, self.new_slab(name, capacity))
 
     def new_slab(self, name: str, capacity: int) -> ExpertSlab:
-        return ExpertSlab(self.config, capacity, self.hidden_size, self.intermediate_size, trainable=name != "frozen")
+        return ExpertSlab(self.config, capacity, self.hidden_size, self.width(name), trainable=not is_frozen(name))
+
+    def width(self, name: str) -> int:
+        """I of a slab's experts."""
+        return self.intermediate_size * self.tier_factor ** tier_of(name)
+
+    def row_shape(self, name: str, role: str) -> tuple[int, int]:
+        """Shape of one expert's weights; `role` is gate_up_proj or down_proj."""
+        width = self.width(name)
+        return (2 * width, self.hidden_size) if role == "gate_up_proj" else (self.hidden_size, width)
+
+    def bytes_per_expert(self, name: str) -> int:
+        """Bytes of one expert's weights in a slab."""
+        size: int = next(self.parameters()).element_size()
+        return 3 * self.hidden_size * self.width(name) * size
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from living_moe.configuration.errors import UnknownExpertError
+from living_moe.configuration.slabs import SLABS
 
-#: Slabs of a layer in slot order.
-SLABS = ("frozen", "trainable")
 ROOT_FIELD = 0
 #: Buffers with a row per past event of some kind: empty in a fresh population.
 HISTORY_TABLES = (

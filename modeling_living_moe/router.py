@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import RouterConfig, TrainableConfig
+from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.key_search import KeyStoreSearch
-from living_moe.modeling_living_moe.population import SLABS, AddressBook, Population, View, sort_slabs
+from living_moe.modeling_living_moe.population import AddressBook, Population, View, sort_slabs
 from living_moe.modeling_living_moe.query import query_network
 from living_moe.modeling_living_moe.selection import UNUSED, selection_rule
 
@@ -77,7 +78,7 @@ class LivingRouter(nn.Module):
         self.normalise_keys = settings.normalise_keys or settings.similarity == "cosine"
         self.temperature = settings.temperature
         self.balances = settings.bias_update_rate > 0
-        self.trainable_keys = {"frozen": trainable.frozen_keys, "trainable": trainable.keys}
+        self.trainable_keys = {slab: trainable.frozen_keys if is_frozen(slab) else trainable.keys for slab in SLABS}
         self.query = query_network(settings, hidden_size)
         self.selection = selection_rule(scoring, settings)
         self.search = self._search(settings)

@@ -11,14 +11,16 @@ C capacity, E alive experts in slot order, T tokens, K experts per token.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from living_moe.configuration.sections import MOST_FIELDS
+from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.distributed import rank, world_size
-from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, RowTable
+from living_moe.modeling_living_moe.population import KeepsDtype, RowTable
 
 #: Step of the last event of a layer that had none.
 LONG_AGO = -1_000_000_000
@@ -26,6 +28,16 @@ LONG_AGO = -1_000_000_000
 SHOWN = ("load", "router_weight", "grad_norm", "foreign_load", "age", "tokens")
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
+
+
+class Sample(NamedTuple):
+    """Some tokens of a layer's last forward, in the order of their places."""
+
+    hidden_SH: Tensor
+    #: int64; -1 where a place was not used, for padding, and where the expert has died since.
+    choices_SK: Tensor
+    fields_S: Tensor
+    weights_SK: Tensor
 
 
 class VitalsTable(RowTable):
@@ -46,9 +58,12 @@ class VitalsTable(RowTable):
         # Optimizer steps in a row in which no token was in the expert's field.
         "idle": (torch.int64, 0),
         "tokens": (torch.int64, 0),
-        # Decisions in a row that found the expert overloaded, or starved (hysteresis of the policy).
+        # Decisions in a row that found the expert overloaded, starved, or cannibalised (hysteresis of the policy).
         "overloaded": (torch.int64, 0),
         "starved": (torch.int64, 0),
+        "cannibalised": (torch.int64, 0),
+        # Optimizer step at which a preserver may thaw; 0 for everybody else.
+        "thaw_at": (torch.int64, 0),
     }
     load: Tensor
     router_weight: Tensor
@@ -59,6 +74,8 @@ class VitalsTable(RowTable):
     tokens: Tensor
     overloaded: Tensor
     starved: Tensor
+    cannibalised: Tensor
+    thaw_at: Tensor
 
 
 class Vitals(KeepsDtype):
@@ -80,9 +97,7 @@ class Vitals(KeepsDtype):
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
         self.since_step: Tensor | None = None
-        #: A sample of the last forward's router inputs (S, H), choices (S, K) and fields (S,); choice -1 is padding, or
-        #: dead since.
-        self.sample: tuple[Tensor, Tensor, Tensor] | None = None
+        self.sample: Sample | None = None
 
     steps: Tensor
     last_event: Tensor
@@ -147,11 +162,8 @@ class Vitals(KeepsDtype):
         first = -rank() * tokens % stride
         chosen_TK = index_TK if token_mask_T is None else index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
         fields_S = torch.zeros_like(chosen_TK[:, 0]) if field_T is None else field_T
-        self.sample = (
-            hidden_TH[first::stride].detach().clone(),
-            chosen_TK[first::stride].clone(),
-            fields_S[first::stride].clone(),
-        )
+        parts = (hidden_TH.detach(), chosen_TK, fields_S, weights_TK.detach())
+        self.sample = Sample(*(part[first::stride].clone() for part in parts))
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
@@ -172,9 +184,10 @@ class Vitals(KeepsDtype):
         if self.since_step is not None:
             self.since_step = moved(self.since_step)
         if self.sample is not None:
-            hidden_SH, index_SK, field_S = self.sample
+            choices_SK = self.sample.choices_SK
             # The last entry is what -1, a place nobody alive had, leads to.
-            self.sample = (hidden_SH, torch.tensor([*new_index, -1], device=index_SK.device)[index_SK], field_S)
+            moved_to = torch.tensor([*new_index, -1], device=choices_SK.device)
+            self.sample = self.sample._replace(choices_SK=moved_to[choices_SK])
 
     @torch.no_grad()
     def fold(self, counts: Tensor, alive: dict[str, int], grad_norms: dict[str, Tensor] | None) -> None:

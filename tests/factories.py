@@ -26,6 +26,7 @@ from transformers import (
 import living_moe
 from living_moe import LifecycleEvent, LivingMoeForCausalLM
 from living_moe.configuration.errors import PopulationError
+from living_moe.configuration.slabs import SLABS, tier_of
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 
@@ -110,6 +111,7 @@ def living_model(
 ) -> LivingMoeForCausalLM:
     """A graft of `source_model`, in evaluation mode; with receptive fields it knows tokens below VOCAB / 2."""
     sections = dict(sections or {})
+    sections["experts"] = {"max_tier": 2, **sections.get("experts", {})}
     if preset == "frozen-graft":
         small = dict(attention_rank=4, head_rank=4, calibration_tokens=256, prior_tokens=20.0, decay=0.8)
         sections["receptive_field"] = {**small, **sections.get("receptive_field", {})}
@@ -187,6 +189,7 @@ EVENTS: dict[str, Event] = {
     "split": lambda model, layer, uids: model.split_expert(layer, uids[0]),
     "noisy split": lambda model, layer, uids: model.split_expert(layer, uids[0], noise_std=0.1),
     "merge": lambda model, layer, uids: model.merge_experts(layer, uids[:2]),
+    "merge into a wider tier": lambda model, layer, uids: model.merge_experts(layer, uids[:2], tier_up=True),
     "death": lambda model, layer, uids: model.remove_expert(layer, uids[0]),
     "freeze": lambda model, layer, uids: model.freeze_expert(layer, uids[0]),
     "thaw": lambda model, layer, uids: model.thaw_expert(layer, uids[0]),
@@ -227,6 +230,7 @@ def check_invariants(model: LivingMoeForCausalLM) -> None:
             table = population.table(slab)
             alive = population.alive.get(slab, 0)
             assert (table.uid[:alive] >= 0).all() and (table.uid[alive:] == -1).all(), "alive rows are no prefix"
+            assert block.experts.slab(slab).intermediate_dim == 16 * 4 ** tier_of(slab)
             sizes = {parameter.shape[0] for parameter in slot_parameters(block, slab)} | {table.uid.numel()}
             assert len(sizes) == 1, f"row-aligned tensors of slab {slab} differ in length: {sizes}"
             assert block.experts.slab(slab).num_experts == table.uid.numel()
@@ -247,7 +251,7 @@ def slot_parameters(block: Any, slab: str) -> list[Tensor]:
 
 
 def sizes_by_slab(model: LivingMoeForCausalLM) -> list[dict[str, int]]:
-    return [{k: v for k, v in p.items() if k in ("frozen", "trainable")} for p in model.config.populations]
+    return [{k: v for k, v in p.items() if k in SLABS} for p in model.config.populations]
 
 
 def served_once(population: Population) -> None:

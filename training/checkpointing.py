@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import CheckpointError, TrainingDivergedError, TrainingError
+from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
-from living_moe.modeling_living_moe.population import SLABS, IdentityTable
+from living_moe.modeling_living_moe.population import IdentityTable
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 STATE_FOLDER = "training_state"

@@ -12,6 +12,8 @@ What a row of a slab gets:
 - A merge averages moments by the event's weights, hidden units matched as the weights are. A source without moments (a
   frozen expert) counts as zero in first moments; second moments are averaged over the others, so that no step becomes
   longer than theirs.
+- A merge into a wider tier lays moments beside each other as the hidden units; the units that are left over have zero
+  first moments, and the mean of the others' second moments.
 - A row without inheritance (thawed, or child of a frozen parent) has zero first moments. Where the slots share one step
   count, which no longer corrects for a cold start, its second moments are the mean of the slab's other experts: with
   zeros its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long. With a count per slot (`LivingAdamW`) it
@@ -36,7 +38,13 @@ from torch.optim import Optimizer
 
 from living_moe.configuration.errors import OptimizerError
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
-from living_moe.modeling_living_moe.lifecycle.surgery import Joining, ParameterEdit, RowSource, is_retired
+from living_moe.modeling_living_moe.lifecycle.surgery import (
+    Joining,
+    ParameterEdit,
+    RowSource,
+    is_retired,
+    place_units,
+)
 from living_moe.training.optimizers import LivingAdamW
 
 #: Dimension of a slot parameter that runs over hidden units. gate_up_proj holds them twice: gates, then ups.
@@ -276,6 +284,11 @@ class _StateEdit:
     def _ndim(self) -> int:
         return next(iter(self.edit.siblings.values())).ndim
 
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Of one expert in state entry `name` after the edit; a slab of another width may be the template."""
+        assert self.edit.new is not None
+        return self.layout[name].shape(self.edit.new)[1:]
+
     def has_moments(self, source: RowSource) -> bool:
         if not self.states.get(source.slab) or source.weight <= 0:
             return False
@@ -320,7 +333,7 @@ class _StateEdit:
         if not self.before:
             rows |= dict.fromkeys(self.heirs)
         values = {row: self._inherited(name, self.heirs[row]) for row in rows if self.heirs.get(row)}
-        zero = self.template[name].new_zeros(self.template[name].shape[1:])
+        zero = self.template[name].new_zeros(self.row_shape(name))
         start = zero if self.steps_per_slot or self.layout[name].kind != "second" else None
         for row in rows:
             if row not in self.heirs:
@@ -337,30 +350,49 @@ class _StateEdit:
             return torch.stack(parts).amax(dim=0)
         total = sum(source.weight for source in sources) if layout.kind == "second" else 1.0
         weights = [source.weight / total for source in sources]
+        axis = self._unit_axis(name)
+        if axis is not None and any(source.at is not None for source in sources):
+            return self._beside_each_other(name, axis, sources, parts)
         if weights == [1.0]:
             return parts[0].clone()
         return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
+
+    def _unit_axis(self, name: str) -> int | None:
+        """Dimension of a state tensor's row that runs over hidden units; None if none does, or it was averaged over."""
+        axis = NEURON_AXIS.get(self.edit.role)
+        place = None if axis is None else self.layout[name].axis(axis, self._ndim)
+        return None if place is None else place - 1
+
+    def _beside_each_other(self, name: str, axis: int, sources: Sequence[RowSource], parts: Sequence[Tensor]) -> Tensor:
+        """Moments of hidden units that lie beside each other in a wider row."""
+        result = self.template[name].new_zeros(self.row_shape(name))
+        if self.layout[name].kind == "second":
+            # A step with next to no second moment behind it would be too long, as for rows without inheritance.
+            result += torch.cat([part.float() for part in parts], dim=axis).mean(dim=axis, keepdim=True)
+        for source, part in zip(sources, parts, strict=True):
+            assert source.at is not None
+            place_units(result, part, self.edit.role, source.at, axis)
+        return result
 
     def _read(self, name: str, source: RowSource) -> Tensor:
         """A source's row with its hidden units in the order of the expert it goes to."""
         tensor = self.states[source.slab].get(name)
         if tensor is None:
-            return self.template[name].new_zeros(self.template[name].shape[1:])
-        axis = NEURON_AXIS.get(self.edit.role)
-        place = None if axis is None else self.layout[name].axis(axis, self._ndim)
+            shape = self.layout[name].shape(self.edit.siblings[source.slab])[1:]
+            return self.template[name].new_zeros(shape)
+        axis = self._unit_axis(name)
         row: Tensor = tensor[source.row]
-        # An averaged dimension has no units to reorder; where it is kept, `place` is None all the same.
-        if source.neurons_I is None or place is None:
+        if source.neurons_I is None or axis is None:
             return row
         order = source.neurons_I.to(row.device)
-        halves = row.chunk(2, dim=place - 1) if self.edit.role == "gate_up_proj" else (row,)
-        return torch.cat([half.index_select(place - 1, order) for half in halves], dim=place - 1)
+        halves = row.chunk(2, dim=axis) if self.edit.role == "gate_up_proj" else (row,)
+        return torch.cat([half.index_select(axis, order) for half in halves], dim=axis)
 
     def _mean_of_heirs(self, name: str, values: Mapping[int, Tensor]) -> Tensor:
         """Mean over the slab's experts that have moments: `values` where they are new, the old rows elsewhere."""
         stayed = [row for row, sources in self.heirs.items() if sources and row not in self.edit.edit.rows]
         inherited = [values[row] for row, sources in self.heirs.items() if sources and row in values]
-        parts = torch.stack(inherited) if inherited else self.template[name][:0]
+        parts = torch.stack(inherited) if inherited else self.template[name].new_zeros(0, *self.row_shape(name))
         if stayed:
             parts = torch.cat([parts, self.before[name][stayed]])
         return parts.float().sum(dim=0).div(max(1, len(parts))).to(parts.dtype)

@@ -7,6 +7,7 @@ the same life.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,10 @@ from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, Lifecyc
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
-from living_moe.modeling_living_moe.lifecycle.policies import policy_named
+from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import SHOWN, row_norms
+from living_moe.modeling_living_moe.vitals import SHOWN, Sample, row_norms
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -154,10 +155,15 @@ class LifecycleMixin:
             raise PopulationError(f"field={field!r}: the newborn fields of this model are {known}.")
         return self._split(layer, uid, REQUEST, noise_std, optimizer, field)
 
-    def merge_experts(self, layer: int, uids: Sequence[int], *, optimizer: Optimizer | None = None) -> LifecycleEvent:
-        """Average experts into one, weighted by load, after matching their hidden units. See `operations.merge`."""
+    def merge_experts(
+        self, layer: int, uids: Sequence[int], *, tier_up: bool = False, optimizer: Optimizer | None = None
+    ) -> LifecycleEvent:
+        """Make one expert of several, weighted by load: by averaging them after matching their hidden units, or, with
+        `tier_up` and if their widths differ, by laying these beside each other in a wider one. See `operations.merge`.
+        """
         block = self.living_block(layer)
-        return self._happen(operations.merge(block, uids, self._surroundings(), REQUEST), optimizer)
+        drafted = operations.merge(block, uids, self._surroundings(), REQUEST, tier_up=tier_up)
+        return self._happen(drafted, optimizer)
 
     def remove_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Death of an expert. Exact if it serves no token. Raises `PopulationError` below top-k."""
@@ -248,18 +254,15 @@ class LifecycleMixin:
         return int(awake[-1]) + 1 if len(awake) else 1
 
     def _surroundings(self) -> Surroundings:
-        pools = [block.experts for block in self.living_blocks]
-        sizes = [
-            (3 * pool.hidden_size * pool.intermediate_size * next(pool.parameters()).element_size(), pool)
-            for pool in pools
-        ]
-        counts = self.expert_counts
         return Surroundings(
             step=self.steps_lived,
             lifecycle=self.config.lifecycle,
             experts=self.config.experts,
-            bytes_now=sum(size * count for (size, _), count in zip(sizes, counts, strict=True)),
-            bytes_per_expert=max(size for size, _ in sizes),
+            bytes_now=sum(
+                count * block.experts.bytes_per_expert(slab)
+                for block in self.living_blocks
+                for slab, count in block.population.alive.items()
+            ),
         )
 
     def _happen(self, drafted: tuple[LayerDraft, LifecycleEvent], optimizer: Optimizer | None) -> LifecycleEvent:
@@ -284,6 +287,10 @@ class LifecycleMixin:
                         threshold=float(old),
                     )
                 )
+        if event.kind in ("freeze", "thaw"):
+            # Only who was frozen to preserve itself has a time to thaw.
+            member = draft.block.population.find(event.children[0], event.layer)
+            draft.block.vitals.table(member.slab).thaw_at[member.row] = 0
         draft.block.vitals.last_event.fill_(event.step)
         self.lineage.append(event)
         self.record_populations()
@@ -375,7 +382,8 @@ class LifecycleMixin:
             events.append(self.open_field(optimizer=optimizer))
         propose = policy_named(config.policy)
         blocks = self.living_blocks
-        proposals = [proposal for block in blocks for proposal in propose(block, config)]
+        now = self._circumstances()
+        proposals = [proposal for block in blocks for proposal in propose(block, config, now)]
         layers = [
             LayerState(
                 experts=len(block.population.members),
@@ -385,13 +393,14 @@ class LifecycleMixin:
             )
             for block in blocks
         ]
-        chosen = plan(proposals, layers, config, self._splits_by_memory())
+        chosen = plan(proposals, layers, config, self._bytes_left())
         if world_size() > 1:
             require_agreement("the lifecycle plan", fingerprint((), repr(chosen)))
         for proposal in chosen:
             # A bound the planner does not know (expert groups, ...) drops one event, never the run.
             with contextlib.suppress(PopulationError):
-                events.append(self._carry_out(proposal, optimizer))
+                for event in self._carry_out(proposal, optimizer):
+                    events.append(event)
         if events and world_size() > 1:
             layers_touched = sorted({event.layer for event in events if event.layer != EVERY_LAYER})
             touched = [self.living_block(layer) for layer in layers_touched]
@@ -399,12 +408,16 @@ class LifecycleMixin:
             require_agreement("the experts after an event", fingerprint(rows))
         return events
 
-    def _carry_out(self, proposal: Proposal, optimizer: Optimizer | None) -> LifecycleEvent:
-        block = self.living_block(proposal.layer)
-        if proposal.kind == "split":
-            return self._split(
-                proposal.layer, proposal.uids[0], proposal.reason, self.config.lifecycle.noise_std, optimizer
-            )
+    def _carry_out(self, proposal: Proposal, optimizer: Optimizer | None) -> Iterator[LifecycleEvent]:
+        """The events that a proposal stands for, one after the other."""
+        block, uid = self.living_block(proposal.layer), proposal.uids[0]
+        if proposal.kind in ("split", "preserve"):
+            yield self._split(proposal.layer, uid, proposal.reason, self.config.lifecycle.noise_std, optimizer)
+            if proposal.kind == "preserve":
+                yield self._happen(operations.freeze(block, uid, self._surroundings(), proposal.reason), optimizer)
+                preserver = block.population.find(uid, proposal.layer)
+                block.vitals.table(preserver.slab).thaw_at[preserver.row] = proposal.frozen_until
+            return
         around = self._surroundings()
         single: dict[str, Callable[..., tuple[LayerDraft, LifecycleEvent]]] = {
             "death": operations.remove,
@@ -413,15 +426,27 @@ class LifecycleMixin:
             "part": operations.part,
         }
         if proposal.kind == "merge":
-            return self._happen(operations.merge(block, proposal.uids, around, proposal.reason), optimizer)
-        return self._happen(single[proposal.kind](block, proposal.uids[0], around, proposal.reason), optimizer)
+            drafted = operations.merge(block, proposal.uids, around, proposal.reason, tier_up=proposal.tier_up)
+            yield self._happen(drafted, optimizer)
+            return
+        yield self._happen(single[proposal.kind](block, uid, around, proposal.reason), optimizer)
 
-    def _splits_by_memory(self) -> int | None:
+    @property
+    def vigilance(self) -> float:
+        return 1.0
+
+    def _circumstances(self) -> Circumstances:
+        around, budget = self._surroundings(), self.config.experts.memory_budget_mib
+        return Circumstances(
+            around,
+            vigilance=self.vigilance,
+            memory=around.bytes_now / (budget * 2**20) if budget else 0.0,
+            sample=functools.cache(_gathered_sample),
+        )
+
+    def _bytes_left(self) -> int | None:
         budget = self.config.experts.memory_budget_mib
-        if budget is None:
-            return None
-        around = self._surroundings()
-        return max(0, int((budget * 2**20 - around.bytes_now) // around.bytes_per_expert))
+        return None if budget is None else int(budget * 2**20) - self._surroundings().bytes_now
 
     @torch.no_grad()
     def _fold_vitals(self, step: int) -> None:
@@ -470,17 +495,20 @@ def _gradient_norms(block: LivingMoeBlock) -> dict[str, Tensor]:
 
 def _recent_queries(block: LivingMoeBlock, uid: int) -> tuple[Tensor | None, Tensor | None]:
     """Sampled router inputs (S, H) and fields (S,) of the tokens it served last, of all ranks; None if none."""
-    sample = block.vitals.sample
-    mine: tuple[Tensor, Tensor] | None = None
-    if sample is not None:
-        member = block.population.find(uid, block.layer)
-        hidden_SH, index_SK, field_S = sample
-        served = (index_SK == member.index).any(dim=1)
-        mine = hidden_SH[served].float().cpu(), field_S[served].cpu()
-    shared = [part for part in gather_objects(mine) if part is not None]
-    if not shared:
+    sample = _gathered_sample(block)
+    if sample is None:
         return None, None
-    return torch.cat([part[0] for part in shared]), torch.cat([part[1] for part in shared])
+    served = (sample.choices_SK == block.population.find(uid, block.layer).index).any(dim=1)
+    return sample.hidden_SH[served], sample.fields_S[served]
+
+
+def _gathered_sample(block: LivingMoeBlock) -> Sample | None:
+    """A layer's sample of recent tokens, of all ranks, on the CPU, floats in fp32; None if there is none."""
+    mine = block.vitals.sample
+    if mine is not None:
+        mine = Sample(*((part.float() if part.is_floating_point() else part).cpu() for part in mine))
+    shared = [part for part in gather_objects(mine) if part is not None]
+    return Sample(*map(torch.cat, zip(*shared, strict=True))) if shared else None
 
 
 def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import ExpertsConfig, LifecycleConfig
+from living_moe.configuration.slabs import MOST_TIERS, is_frozen, slab_name, tier_of
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent, LifecycleKind
@@ -54,9 +55,8 @@ class Surroundings:
     step: int
     lifecycle: LifecycleConfig
     experts: ExpertsConfig
-    #: Bytes of all expert weights now, and of one more expert.
+    #: Bytes of all expert weights now.
     bytes_now: int = 0
-    bytes_per_expert: int = 0
 
 
 def seed_of(*parts: int) -> int:
@@ -93,7 +93,7 @@ def split(
     parent = population.find(uid, block.layer)
     slab = parent.slab
     field = parent.field
-    if slab == "frozen" and block.has_fields and field == ROOT_FIELD:
+    if is_frozen(slab) and block.has_fields and field == ROOT_FIELD:
         field = newborn_field
         heirs = [m for m in population.members if (m.clade, m.field) == (parent.clade, field)]
         if heirs:
@@ -106,7 +106,7 @@ def split(
                 f"layer {block.layer}: expert uid {uid} serves no token of field {field}, others do since a merge; "
                 f"split one of {sorted(servers)}."
             )
-    _check_room(block, around)
+    _check_room(block, around, 1, block.experts.bytes_per_expert(slab), "split")
     draft = LayerDraft(block, around.experts)
     newborn_uid = draft.new_uid()
     seed = seed_of(around.lifecycle.seed, around.step, block.layer, newborn_uid)
@@ -122,7 +122,7 @@ def split(
         moved = float((table.foreign_load[parent.row] / table.load[parent.row].clamp_min(1e-12)).clamp(0, 1))
         address = _take_over(draft, parent, field, newborn_uid)
     parent_row.life, parent_row.load_share = "parent", 1 - moved
-    draft.slabs["trainable"].append(
+    draft.slabs[slab_name(tier_of(slab), frozen=False)].append(
         DraftRow(
             uid=newborn_uid,
             clade=parent.clade,
@@ -153,18 +153,19 @@ def _take_over(draft: LayerDraft, parent: Member, field: int, newborn: int) -> D
     return inherited[0]
 
 
-def _check_room(block: LivingMoeBlock, around: Surroundings) -> None:
-    count, limit = len(block.population.members), around.lifecycle.max_experts
-    if limit is not None and count + 1 > limit:
+def _check_room(block: LivingMoeBlock, around: Surroundings, experts: int, num_bytes: int, what: str) -> None:
+    """Raise `PopulationError` if so many more experts, or bytes, are too many."""
+    count, limit = len(block.population.members) + experts, around.lifecycle.max_experts
+    if experts > 0 and limit is not None and count > limit:
         raise PopulationError(
-            f"layer {block.layer}: a split would make {count + 1} experts but lifecycle.max_experts is {limit}; "
+            f"layer {block.layer}: a {what} would make {count} experts but lifecycle.max_experts is {limit}; "
             f"raise it, or remove or merge experts first."
         )
     budget = around.experts.memory_budget_mib
-    needed = (around.bytes_now + around.bytes_per_expert) / 2**20
-    if budget is not None and needed > budget:
+    needed = (around.bytes_now + num_bytes) / 2**20
+    if num_bytes > 0 and budget is not None and needed > budget:
         raise PopulationError(
-            f"layer {block.layer}: a split would bring the experts to {needed:.1f} MiB but experts.memory_budget_mib "
+            f"layer {block.layer}: a {what} would bring the experts to {needed:.1f} MiB but experts.memory_budget_mib "
             f"is {budget:g}; raise it, or remove or merge experts first."
         )
 
@@ -298,17 +299,21 @@ def _check_enough(draft: LayerDraft, what: str) -> None:
 
 
 def merge(
-    block: LivingMoeBlock, uids: Sequence[int], around: Surroundings, reason: Reason
+    block: LivingMoeBlock, uids: Sequence[int], around: Surroundings, reason: Reason, *, tier_up: bool = False
 ) -> tuple[LayerDraft, LifecycleEvent]:
-    """Average experts, weighted by load, after matching their hidden units; the result lives on under one uid.
+    """Make one expert of several, weighted by load; it lives on under one uid.
+
+    Experts of one tier are averaged after matching their hidden units, by the assignment that maximises the inner
+    product of their weights. With `tier_up`, and if their widths differ, the hidden units are laid beside each other in
+    the lowest tier that holds them all: the result computes exactly the weighted sum of their functions.
 
     The survivor is the first named of those with the lowest field (so what old contexts could reach stays
-    reachable). Hidden units are matched by the assignment that maximises the inner product of their weights. The
-    survivor's siblings give it their regions and the mean of their keys; experts of other cells leave it their
+    reachable). Its siblings give it their regions and the mean of their keys; experts of other cells leave it their
     addresses, so every token goes on choosing as it did (as Li et al. 2023, arXiv:2310.01334, keep the router).
 
     Raises:
-        PopulationError: Fewer than two different experts, or too few would be left.
+        PopulationError: Fewer than two different experts, or too few would be left; or no tier up to
+            `experts.max_tier` holds their hidden units, or `experts.memory_budget_mib` does not allow it.
     """
     if isinstance(uids, int) or len(set(uids)) < 2 or len(set(uids)) != len(list(uids)):
         raise PopulationError(f"layer {block.layer}: a merge needs at least two different uids, got {uids!r}.")
@@ -321,9 +326,15 @@ def merge(
     loads = {m.uid: float(block.vitals.table(m.slab).load[m.row]) for m in members}
 
     draft = LayerDraft(block, around.experts)
-    sources = {survivor.uid: RowSource(survivor.slab, survivor.row)} | {
-        other.uid: RowSource(other.slab, other.row, neurons_I=match_neurons(block, survivor, other)) for other in others
-    }
+    seed = 0
+    if tier_up or len({tier_of(m.slab) for m in members}) > 1:
+        seed = seed_of(around.lifecycle.seed, around.step, block.layer, survivor.uid)
+        sources = _side_by_side(block, [survivor, *others])
+        _move_up(draft, survivor, _tier_for(block, members, around))
+    else:
+        sources = {survivor.uid: RowSource(survivor.slab, survivor.row)} | {
+            m.uid: RowSource(m.slab, m.row, neurons_I=match_neurons(block, survivor, m)) for m in others
+        }
     for other in others:
         if other.uid in cell:
             draft.take_out(other.uid)
@@ -335,10 +346,40 @@ def merge(
             _bury(draft, other.uid, survivor.uid)
     _tidy(draft)
     row = draft.row(survivor.uid)
-    row.sources, row.life = _weighted(sources, loads), "merged"
+    row.sources, row.life, row.noise_seed = _weighted(sources, loads), "merged", seed
     row.key_sources = _weighted({uid: source for uid, source in sources.items() if uid in cell}, loads)
     _check_enough(draft, "merge")
-    return draft, _event("merge", block, around, reason, tuple(uids), (survivor.uid,))
+    return draft, _event("merge", block, around, reason, tuple(uids), (survivor.uid,), seed=seed)
+
+
+def _side_by_side(block: LivingMoeBlock, members: Sequence[Member]) -> dict[int, RowSource]:
+    """uid -> source, each at the first hidden unit after the one before."""
+    sources, at = {}, 0
+    for member in members:
+        sources[member.uid] = RowSource(member.slab, member.row, at=at)
+        at += block.experts.width(member.slab)
+    return sources
+
+
+def _tier_for(block: LivingMoeBlock, members: Sequence[Member], around: Surroundings) -> int:
+    """The lowest tier above all members' that holds all their hidden units."""
+    pool, highest = block.experts, around.experts.max_tier
+    units = sum(pool.width(member.slab) for member in members)
+    lowest = max(tier_of(member.slab) for member in members) + 1
+    tier = next((t for t in range(lowest, highest + 1) if pool.width(slab_name(t, frozen=False)) >= units), None)
+    if tier is None:
+        raise PopulationError(
+            f"layer {block.layer}: a merge of {units} hidden units needs a tier above {lowest - 1} that holds them but "
+            f"experts.max_tier is {highest} (of at most {MOST_TIERS - 1}); raise it, or merge experts of one tier."
+        )
+    old = sum(pool.bytes_per_expert(member.slab) for member in members)
+    added = pool.bytes_per_expert(slab_name(tier, frozen=False)) - old
+    _check_room(block, around, 1 - len(members), added, "merge")
+    return tier
+
+
+def _move_up(draft: LayerDraft, member: Member, tier: int) -> None:
+    draft.slabs[slab_name(tier, frozen=is_frozen(member.slab))].append(draft.take_out(member.uid))
 
 
 def _weighted(sources: dict[int, RowSource], loads: dict[int, float]) -> tuple[RowSource, ...]:
@@ -368,22 +409,23 @@ def match_neurons(block: LivingMoeBlock, first: Member, second: Member) -> Tenso
 
 def freeze(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
     """Move an expert to the frozen slab: no gradients and no optimizer state from then on."""
-    return _move(block, uid, around, reason, "freeze", "frozen")
+    return _move(block, uid, around, reason, "freeze", frozen=True)
 
 
 def thaw(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason) -> tuple[LayerDraft, LifecycleEvent]:
     """Move an expert to the trainable slab; its optimizer state starts anew."""
-    return _move(block, uid, around, reason, "thaw", "trainable")
+    return _move(block, uid, around, reason, "thaw", frozen=False)
 
 
 def _move(
-    block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, kind: LifecycleKind, target: str
+    block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, kind: LifecycleKind, *, frozen: bool
 ) -> tuple[LayerDraft, LifecycleEvent]:
     member = block.population.find(uid, block.layer)
-    if member.slab == target:
-        raise PopulationError(f"layer {block.layer}: expert uid {uid} is {target} already; nothing to {kind}.")
+    if is_frozen(member.slab) == frozen:
+        state = "frozen" if frozen else "trainable"
+        raise PopulationError(f"layer {block.layer}: expert uid {uid} is {state} already; nothing to {kind}.")
     draft = LayerDraft(block, around.experts)
-    draft.slabs[target].append(draft.take_out(uid))
+    draft.slabs[slab_name(tier_of(member.slab), frozen=frozen)].append(draft.take_out(uid))
     return draft, _event(kind, block, around, reason, (uid,), (uid,))
 
 

@@ -21,6 +21,10 @@ class Proposal:
     Attributes:
         urgency: Orders proposals, highest first, across all layers.
         displaced: Load whose tokens others must serve afterwards, in multiples of the uniform share (deaths).
+        added_bytes: Of expert weights, by a split or a merge into a wider tier.
+        tier_up: Whether a merge lays hidden units beside each other instead of averaging them.
+        frozen_until: Of a "preserve": the optimizer step at which the preserver may thaw.
+        lifetime: Multiple of the cooldown that the layer must have rested.
     """
 
     kind: str
@@ -29,6 +33,10 @@ class Proposal:
     reason: Reason
     urgency: float
     displaced: float = 0.0
+    added_bytes: int = 0
+    tier_up: bool = False
+    frozen_until: int = 0
+    lifetime: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,31 +65,29 @@ class Budget:
     """What one lifecycle step may still spend."""
 
     events: int
-    splits_by_memory: int | None
+    bytes_left: int | None
     displaced: float
     experts: list[int] = field(default_factory=list)
 
 
 def plan(
-    proposals: Sequence[Proposal], layers: Sequence[LayerState], config: LifecycleConfig, splits_by_memory: int | None
+    proposals: Sequence[Proposal], layers: Sequence[LayerState], config: LifecycleConfig, bytes_left: int | None
 ) -> list[Proposal]:
     """Proposals that the limits allow, most urgent first.
 
     Args:
         proposals: Of all layers, in any order.
         layers: State of each living layer.
-        splits_by_memory: Splits that `experts.memory_budget_mib` still allows; None is no bound.
+        bytes_left: What `experts.memory_budget_mib` still allows; None is no bound.
     """
-    budget = Budget(
-        config.max_events_per_step, splits_by_memory, config.death_load, [layer.experts for layer in layers]
-    )
+    budget = Budget(config.max_events_per_step, bytes_left, config.death_load, [layer.experts for layer in layers])
     chosen: list[Proposal] = []
     touched: set[tuple[int, int]] = set()
     for proposal in sorted(proposals, key=lambda p: (-p.urgency, p.layer, p.uids, p.kind)):
         if len(chosen) >= budget.events:
             break
         state = layers[proposal.layer]
-        if state.steps_since_event < config.cooldown_steps:
+        if state.steps_since_event < config.cooldown_steps * proposal.lifetime:
             continue
         if any((proposal.layer, uid) in touched for uid in proposal.uids):
             continue
@@ -95,13 +101,11 @@ def plan(
 def _fits(proposal: Proposal, state: LayerState, config: LifecycleConfig, budget: Budget) -> bool:
     """Whether bounds allow it; if so, charge the budget."""
     count = budget.experts[proposal.layer]
-    if proposal.kind == "split":
+    if budget.bytes_left is not None and 0 < proposal.added_bytes > budget.bytes_left:
+        return False
+    if proposal.kind in ("split", "preserve"):
         if config.max_experts is not None and count + 1 > config.max_experts:
             return False
-        if budget.splits_by_memory is not None:
-            if budget.splits_by_memory < 1:
-                return False
-            budget.splits_by_memory -= 1
         budget.experts[proposal.layer] += 1
     elif proposal.kind in ("death", "merge"):
         bar = config.sibling_merge_bar_steps
@@ -113,4 +117,6 @@ def _fits(proposal: Proposal, state: LayerState, config: LifecycleConfig, budget
             return False
         budget.displaced -= proposal.displaced
         budget.experts[proposal.layer] -= lost
+    if budget.bytes_left is not None:
+        budget.bytes_left -= proposal.added_bytes
     return True

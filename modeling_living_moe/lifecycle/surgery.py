@@ -23,9 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from living_moe.configuration.errors import OptimizerError, PopulationError
 from living_moe.configuration.sections import ExpertsConfig
+from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, PlasticityTable
-from living_moe.modeling_living_moe.population import SLABS, IdentityTable, Leaf, RowTable, Tombstone
+from living_moe.modeling_living_moe.population import IdentityTable, Leaf, RowTable, Tombstone
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
@@ -33,12 +34,18 @@ IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where (part of) a new row's contents come from. `neurons_I` reorders hidden units before averaging."""
+    """Where (part of) a new row's contents come from.
+
+    Several sources are averaged, their hidden units reordered by `neurons_I` first; or, if they say where (`at`), laid
+    beside each other in a wider row, whose function is then the weighted sum of theirs: the weights go to `down_proj`.
+    """
 
     slab: str
     row: int
     weight: float = 1.0
     neurons_I: Tensor | None = field(default=None, compare=False)
+    #: Place of the first hidden unit in the wider row.
+    at: int | None = None
 
 
 @dataclass
@@ -292,6 +299,11 @@ class LayerDraft:
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
+    def row_value(self, role: str, slab: str, number: int) -> Tensor | None:
+        """Contents of a row as it will be: (2I, H), (H, I) or a key; None for a cleared one."""
+        siblings = {p.slab: p.parameter for p in self.block.slot_parameters() if p.role == role}
+        return self._row_value(siblings, role, slab, number)
+
     def _stage_parameters(self, edits: dict[str, SlabEdit]) -> tuple[list[ParameterEdit], Callable[[], None]]:
         block = self.block
         old = {(p.slab, p.role): p.parameter for p in block.slot_parameters()}
@@ -330,13 +342,23 @@ class LayerDraft:
             return row.address.key_H.to(siblings[row.sources[0].slab].dtype)
         sources = self._sources(slab, number, role)
         parts = [(_reorder(siblings[s.slab].detach()[s.row], role, s.neurons_I), s.weight) for s in sources]
+        if role != "key" and any(source.at is not None for source in sources):
+            return self._beside_each_other(slab, role, row, parts)
         value = parts[0][0].clone() if len(parts) == 1 else sum(part * weight for part, weight in parts)
         assert isinstance(value, Tensor)
         if row.noise_std and role != "key":
-            # Seeded on the CPU, so that every rank and every device draws the same noise.
-            generator = torch.Generator().manual_seed(row.noise_seed * 2 + (role == "down_proj"))
-            noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-            value += noise * (row.noise_std * value.float().square().mean().sqrt().to(value.dtype))
+            value += _noise_like(value, row, role) * (row.noise_std * _rms(value))
+        return value
+
+    def _beside_each_other(self, slab: str, role: str, row: DraftRow, parts: list[tuple[Tensor, float]]) -> Tensor:
+        """A wider row with the hidden units of several. Units left over read at random and write nothing, so they cost
+        no function, and learn."""
+        value = parts[0][0].new_zeros(self.block.experts.row_shape(slab, role))
+        if role == "gate_up_proj":
+            value += _noise_like(value, row, role) * _rms(torch.cat([part for part, _ in parts]))
+        for source, (part, weight) in zip(row.sources, parts, strict=True):
+            assert source.at is not None
+            place_units(value, part if role == "gate_up_proj" else part * weight, role, source.at)
         return value
 
     def _sources(self, slab: str, number: int, role: str) -> tuple[RowSource, ...]:
@@ -371,8 +393,9 @@ class LayerDraft:
         if before is not None:
             trainable = before.requires_grad
         else:
-            trainable = self.block.router.trainable_keys[slab] if role == "key" else slab != "frozen"
-        data = like.new_zeros((edit.capacity_after, *like.shape[1:]), requires_grad=False)
+            trainable = self.block.router.trainable_keys[slab] if role == "key" else not is_frozen(slab)
+        shape = like.shape[1:] if role == "key" else self.block.experts.row_shape(slab, role)
+        data = like.new_zeros((edit.capacity_after, *shape), requires_grad=False)
         kept = min(edit.capacity_before, edit.capacity_after)
         old_grad = None if before is None else before.grad
         moved = self._moved_gradients(siblings, slab, edit)
@@ -479,11 +502,14 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
         values = [getattr(old[s.slab], name)[s.row] for s in row.sources]
         if row.life == "same":
             column[number] = values[0]
-        elif name in ("overloaded", "starved", "idle"):
+        elif name in ("overloaded", "starved", "cannibalised", "idle", "thaw_at"):
             column[number] = 0
         elif row.life == "merged":
             shared = name in ("load", "foreign_load", "tokens")
             column[number] = sum(values) if shared else max(values)
+        elif name == "loss_slow":
+            # What rose before the split is its reason, and no reason for the next one.
+            column[number] = old[row.sources[0].slab].loss_fast[row.sources[0].row]
         elif name in ("age", "tokens"):
             column[number] = 0 if row.life == "newborn" else values[0]
         elif name == "load":
@@ -510,6 +536,29 @@ def _reorder(row: Tensor, role: str, neurons_I: Tensor | None) -> Tensor:
         return row[:, neurons_I]
     gate, up = row.chunk(2, dim=0)
     return torch.cat([gate[neurons_I], up[neurons_I]])
+
+
+def place_units(row: Tensor, units: Tensor, role: str, at: int, axis: int | None = None) -> None:
+    """Write one expert's hidden units into a wider expert's row, from unit `at` on.
+
+    Args:
+        row, units: (2I, H) and (2I', H) where `role` is gate_up_proj, (H, I) and (H, I') where it is down_proj; or any
+            tensors whose dimension `axis` runs over hidden units.
+    """
+    axis = (0 if role == "gate_up_proj" else 1) if axis is None else axis
+    halves = 2 if role == "gate_up_proj" else 1
+    for wide, narrow in zip(row.chunk(halves, dim=axis), units.chunk(halves, dim=axis), strict=True):
+        wide.narrow(axis, at, narrow.shape[axis]).copy_(narrow)
+
+
+def _noise_like(value: Tensor, row: DraftRow, role: str) -> Tensor:
+    """Standard normal noise. Seeded on the CPU, so that every rank and every device draws the same."""
+    generator = torch.Generator().manual_seed(row.noise_seed * 2 + (role == "down_proj"))
+    return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+
+
+def _rms(value: Tensor) -> Tensor:
+    return value.float().square().mean().sqrt().to(value.dtype)
 
 
 def _writer(
@@ -616,5 +665,6 @@ __all__ = [
     "ParameterEdit",
     "RowSource",
     "SlabEdit",
+    "place_units",
     "set_optimizer_surgeon",
 ]

@@ -17,8 +17,9 @@ from transformers import initialization as init
 
 from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import PlasticityConfig
+from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.plasticity.gravity import Evidence, consolidate
-from living_moe.modeling_living_moe.population import SLABS, KeepsDtype, Population, RowTable
+from living_moe.modeling_living_moe.population import KeepsDtype, Population, RowTable
 
 #: Forward passes that may wait for a consolidation before it is taken for forgotten.
 MOST_EVIDENCE = 1024

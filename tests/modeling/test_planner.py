@@ -20,7 +20,8 @@ def layers(*experts: int, rested: int = 1000) -> list[LayerState]:
 
 
 def drawn(kind: str, layer: int, uid: int, urgency: float) -> Proposal:
-    return Proposal(kind, layer, (uid, uid + 1) if kind == "merge" else (uid,), NOW, urgency)
+    cost = {"split": 100, "merge": 60 * (uid % 3 - 1)}.get(kind, 0)
+    return Proposal(kind, layer, (uid, uid + 1) if kind == "merge" else (uid,), NOW, urgency, added_bytes=cost)
 
 
 proposals = st.lists(
@@ -42,7 +43,7 @@ proposals = st.lists(
     max_events=st.integers(1, 6),
     max_experts=st.sampled_from([None, 8, 12]),
     min_experts=st.sampled_from([None, 2, 6]),
-    memory=st.sampled_from([None, 0, 2]),
+    memory=st.sampled_from([None, -50, 0, 250]),
     random=st.randoms(use_true_random=False),
 )
 def test_a_plan_keeps_every_limit_and_does_not_depend_on_the_order(
@@ -63,8 +64,9 @@ def test_a_plan_keeps_every_limit_and_does_not_depend_on_the_order(
     assert all(rested[each.layer] >= config.cooldown_steps for each in chosen)
     touched = [(each.layer, uid) for each in chosen for uid in each.uids]
     assert len(set(touched)) == len(touched), "an expert has two events in one step"
-    splits = [each for each in chosen if each.kind == "split"]
-    assert memory is None or len(splits) <= memory
+    for number, each in enumerate(chosen if memory is not None else ()):
+        spent = sum(earlier.added_bytes for earlier in chosen[: number + 1])
+        assert each.added_bytes <= 0 or spent <= memory
     for layer, before in enumerate(counts):
         count = before
         for each in (each for each in chosen if each.layer == layer):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from living_moe import LifecycleEvent, LivingMoeForCausalLM
 from living_moe.configuration.errors import ConfigurationError
-from living_moe.modeling_living_moe.lifecycle.policies import POLICIES, policy_named
+from living_moe.modeling_living_moe.lifecycle.policies import POLICIES, Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
 
 #: Decides at every step, at once.
@@ -39,14 +39,14 @@ def set_loads(model: LivingMoeForCausalLM, loads: list[float], column: str = "lo
 
 
 def proposed(model: LivingMoeForCausalLM) -> list[tuple[str, int]]:
-    found = propose_by_load(model.living_blocks[0], model.config.lifecycle)
+    found = propose_by_load(model.living_blocks[0], model.config.lifecycle, Circumstances(model._surroundings()))
     return [(proposal.kind, *proposal.uids) for proposal in found]
 
 
 def test_the_overloaded_split_and_the_starved_die() -> None:
     model = model_with([1.0, 1.7, 0.01, 1.5, 0.03, 1.61, 1.0, 1.0])
     assert proposed(model) == [("split", 1), ("death", 2), ("split", 5)]
-    found = propose_by_load(model.living_blocks[0], model.config.lifecycle)
+    found = propose_by_load(model.living_blocks[0], model.config.lifecycle, Circumstances(model._surroundings()))
     assert found[0].reason.metric == "load"
     assert (found[0].reason.value, found[0].reason.threshold) == (pytest.approx(1.7), 1.6)
     assert found[0].urgency > found[2].urgency > 0
@@ -121,7 +121,7 @@ def test_an_unknown_policy_is_told_the_known_ones() -> None:
 
 def test_a_policy_of_ones_own_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setitem(POLICIES, "mine", lambda block, config: seen.append(block.layer) or [])
+    monkeypatch.setitem(POLICIES, "mine", lambda block, config, now: seen.append(block.layer) or [])
     model_with(policy="mine").lifecycle_step()
     assert seen == [0, 1]
 

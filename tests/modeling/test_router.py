@@ -73,7 +73,7 @@ def test_a_split_at_a_facet_of_the_queries_divides_them_in_two() -> None:
     ids = mixed_text(8, 16)
     model(ids)
     uid = max(range(8), key=lambda uid: int((model.living_blocks[0].vitals.sample[1] == uid).sum()))
-    hidden_SH, index_SK, _ = model.living_blocks[0].vitals.sample
+    hidden_SH, index_SK, *_ = model.living_blocks[0].vitals.sample
     queries = hidden_SH[(index_SK == uid).any(dim=1)]
     model.split_expert(0, uid)
     population = model.living_blocks[0].population

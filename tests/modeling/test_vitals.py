@@ -54,7 +54,7 @@ def test_padding_is_not_counted_and_gives_no_queries() -> None:
     short(ids[1:])
     torch.testing.assert_close(pending(padded), pending(short), rtol=1e-5, atol=1e-5)
     for block in padded.living_blocks:
-        _, index, _ = block.vitals.sample
+        index = block.vitals.sample.choices_SK
         assert torch.equal((index >= 0).all(dim=1), mask.flatten().bool())
 
 
@@ -221,10 +221,10 @@ def test_the_sample_of_queries_follows_through_several_deaths() -> None:
     model(mixed_text(4, 8))
     block = model.living_blocks[0]
     uids = torch.tensor(model.expert_uids(0))
-    before = uids[block.vitals.sample[1]]
+    before = uids[block.vitals.sample.choices_SK]
     for dead in (7, 0, 4):
         model.remove_expert(0, dead)
-        index = block.vitals.sample[1]
+        index = block.vitals.sample.choices_SK
         uids = torch.tensor([*model.expert_uids(0), -1])
         before = before.masked_fill(before == dead, -1)
         assert torch.equal(uids[index], before)

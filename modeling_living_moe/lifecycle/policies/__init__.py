@@ -8,12 +8,14 @@ from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import LifecycleConfig, did_you_mean
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
+from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
+from living_moe.modeling_living_moe.lifecycle.policies.self_preservation import propose_self_preserving
 
 #: Called for every living layer at each decision, on every rank alike; may advance the layer's hysteresis counters.
-Policy = Callable[[LivingMoeBlock, LifecycleConfig], list[Proposal]]
+Policy = Callable[[LivingMoeBlock, LifecycleConfig, Circumstances], list[Proposal]]
 
-POLICIES: dict[str, Policy] = {"load": propose_by_load}
+POLICIES: dict[str, Policy] = {"load": propose_by_load, "self_preservation": propose_self_preserving}
 
 
 def policy_named(name: str) -> Policy:
@@ -22,4 +24,4 @@ def policy_named(name: str) -> Policy:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "Policy", "policy_named"]
+__all__ = ["POLICIES", "Circumstances", "Policy", "policy_named"]

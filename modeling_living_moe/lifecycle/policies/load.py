@@ -4,6 +4,10 @@ Loads are multiples of a uniform share: of the clades for overload, of the exper
 over (or under) its threshold for `patience` decisions in a row; newborns are immune until `min_age_steps`, and so is
 whoever's receptive field had no token since the last decision: that is no evidence. A newborn halves its parent's
 load, so with `split_load` above twice `death_load` a split never makes a candidate for death.
+
+Wider experts take longer to show what they are worth, and so do those with little traffic: minimum age and patience
+grow with an expert's width (`lifecycle.lifetime_exponent`), and time in which it received less than its share counts
+less towards the age at which it may split.
 """
 
 from __future__ import annotations
@@ -11,14 +15,16 @@ from __future__ import annotations
 import torch
 
 from living_moe.configuration.sections import LifecycleConfig
+from living_moe.configuration.slabs import is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.operations import Reason
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
+from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances, lifetime
 from living_moe.modeling_living_moe.population import ROOT_FIELD
 
 
 @torch.no_grad()
-def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Proposal]:
+def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> list[Proposal]:
     """Proposals for one layer; advances its hysteresis counters."""
     proposals: list[Proposal] = []
     rows: dict[str, dict[str, list[float]]] = {}
@@ -40,23 +46,28 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig) -> list[Prop
             continue
         per_expert = values["load"] * reachable[member.field] / len(population.members)
         values["load"] *= clades[member.field] / len(population.members)
+        frozen = is_frozen(member.slab)
         # A frozen expert outside its field cannot learn, so any real demand there is unmet.
-        adapts = has_fields and member.slab == "frozen" and member.field == ROOT_FIELD
+        adapts = has_fields and frozen and member.field == ROOT_FIELD
         metric, threshold = ("foreign_load", config.adapt_load) if adapts else ("load", config.split_load)
         born = member.parent >= 0
-        mature = not born or values["age"] >= config.min_age_steps
-        frozen = member.slab == "frozen"
+        longer = lifetime(block, member.slab, config.lifetime_exponent)
+        old = not born or values["age"] >= config.min_age_steps * longer
+        mature = not born or values["age"] * min(1.0, values["load"]) >= config.min_age_steps * longer
         over = values[metric] > threshold and (adapts or (mature and not frozen))
-        under = per_expert < config.death_load and mature and not frozen
+        under = per_expert < config.death_load and old and not frozen
         overloaded = values["overloaded"] + 1 if over else 0
         starved = values["starved"] + 1 if under else 0
         table = block.vitals.table(member.slab)
         table.overloaded[member.row], table.starved[member.row] = int(overloaded), int(starved)
-        if overloaded >= config.patience:
+        if overloaded >= config.patience * longer:
             reason = Reason(metric, values[metric], threshold)
             urgency = values[metric] / max(threshold, 1e-9)
-            proposals.append(Proposal("split", block.layer, (member.uid,), reason, urgency))
-        elif starved >= config.patience:
+            cost = block.experts.bytes_per_expert(member.slab)
+            proposals.append(
+                Proposal("split", block.layer, (member.uid,), reason, urgency, added_bytes=cost, lifetime=longer)
+            )
+        elif starved >= config.patience * longer:
             reason = Reason("load", per_expert, config.death_load)
             urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
             proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency, displaced=per_expert))
