@@ -237,12 +237,24 @@ class VitalsConfig(Section):
 
     #: Decay per optimizer step of the moving averages (0.9 remembers about ten steps).
     decay: float = 0.9
-    #: Optimizer steps between readings of the experts' gradient norms (each reads every gradient once); 0 is never.
+    #: Optimizer steps between readings of the experts' gradients, of their norms and their conflict with earlier ones
+    #: (each reads every gradient once); 0 is never.
     grad_norm_every: int = 10
+    #: Optimizer steps between samples of tokens for interference and credited loss; 0 is never.
+    signals_every: int = 10
+    #: Tokens sampled per layer and forward pass of such a step, on each rank.
+    signal_tokens: int = 64
+    #: Decay of an expert's fast and slow average of the loss credited to it, per step that brings it credit.
+    fast_decay: float = 0.9
+    slow_decay: float = 0.99
 
     def validate(self) -> None:
-        self.require("decay", 0 <= self.decay < 1, "in [0, 1)")
-        self.require("grad_norm_every", self.grad_norm_every >= 0, ">= 0")
+        for name in ("decay", "fast_decay", "slow_decay"):
+            self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("grad_norm_every", "signals_every"):
+            self.require(name, getattr(self, name) >= 0, ">= 0")
+        self.require("signal_tokens", self.signal_tokens >= 1, ">= 1")
+        self.require("fast_decay", self.fast_decay < self.slow_decay, "< vitals.slow_decay")
 
 
 @dataclass(kw_only=True)

@@ -243,7 +243,8 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         router.selection = selection_rule(router.scoring, living.config.router).to(device)
         if block.plasticity is not None:
             block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)
-        block.vitals = Vitals(capacities, block.vitals.decay).to(device)
+        old = block.vitals
+        block.vitals = Vitals(capacities, old.decay, fast_decay=old.fast_decay, slow_decay=old.slow_decay).to(device)
     if base.fields is not None:
         settings, vocab_size = base.config.receptive_field, base.config.backbone_config.vocab_size
         base.fields = ReceptiveFields(settings, vocab_size, base.fields.num_fields).to(device)

@@ -31,6 +31,7 @@ from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
+from living_moe.modeling_living_moe.signals import TokenSample, interference
 from living_moe.modeling_living_moe.vitals import Vitals
 
 
@@ -42,6 +43,7 @@ class ForwardContext:
         gate: The field of every token, or None when the model has no receptive fields.
         token_mask: Bool (B, S), False for padding; None when every token counts.
         observe: Whether vitals count this pass (training).
+        sample: The tokens whose interference and loss are measured in this pass, or None.
         plastic: Whether keys will move by this pass.
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
         all_logits: Whether somebody reads the routers' logits.
@@ -51,6 +53,7 @@ class ForwardContext:
     gate: FieldGate | None = None
     token_mask: Tensor | None = None
     observe: bool = False
+    sample: TokenSample | None = None
     plastic: bool = False
     keep_choices: bool = False
     all_logits: bool = True
@@ -121,7 +124,8 @@ class LivingMoeBlock(nn.Module):
             num_tombstones=num_tombstones,
             num_groups=scoring.num_groups,
         )
-        self.vitals = Vitals(capacities, (vitals or VitalsConfig()).decay)
+        vitals = vitals or VitalsConfig()
+        self.vitals = Vitals(capacities, vitals.decay, fast_decay=vitals.fast_decay, slow_decay=vitals.slow_decay)
         plastic = plasticity is not None and plasticity.enabled
         self.plasticity = KeyPlasticity(capacities, self.router.d_key) if plastic else None
         self.shared_experts = shared
@@ -145,7 +149,8 @@ class LivingMoeBlock(nn.Module):
         )
         if choices is not None:
             context.choices[self.layer] = choices
-        if context.observe and self.training and not in_backward():
+        observed = context.observe and self.training and not in_backward()
+        if observed:
             self._observe(hidden_TH, weights_TK, index_TK, field_T, context)
         if context.plastic and self.plasticity is not None and not in_backward():
             with torch.no_grad():
@@ -154,6 +159,9 @@ class LivingMoeBlock(nn.Module):
         output_TH = self.experts(
             hidden_TH, index_TK, weights_TK, self.population.alive, full=not self.router.selection.leaves_places_unused
         )
+        if observed and context.sample is not None:
+            # After the pass itself: autocast would keep weights that were cast first without a gradient.
+            self._measure(hidden_TH, weights_TK, index_TK, context.sample)
         output = output_TH.reshape(residual.shape)
         return output if self.shared_experts is None else output + self.shared_experts(residual)
 
@@ -165,6 +173,17 @@ class LivingMoeBlock(nn.Module):
         fields_E = self.population.fields() if self.has_fields else None
         num_experts = len(self.population.members)
         self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, field_T, fields_E, full=full)
+
+    def _measure(self, hidden_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, sample: TokenSample) -> None:
+        """Interference of the sampled tokens; who served them is left for whoever knows their loss."""
+        position_S, real_S = sample.position_S.to(hidden_TH.device), sample.real_S.to(hidden_TH.device)
+        index_SK, weights_SK = index_TK[position_S], weights_TK.detach()[position_S]
+        ratio_SK, known_SK = interference(
+            self.experts, hidden_TH.detach()[position_S], index_SK, weights_SK, self.population.alive
+        )
+        known_SK &= real_S.unsqueeze(1)
+        self.vitals.observe_interference(index_SK, ratio_SK, known_SK, len(self.population.members))
+        sample.served[self.layer] = (index_SK, weights_SK)
 
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 

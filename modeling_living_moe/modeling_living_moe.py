@@ -38,6 +38,7 @@ from living_moe.modeling_living_moe.plasticity.api import PlasticityMixin
 from living_moe.modeling_living_moe.population import ROOT_FIELD
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 from living_moe.modeling_living_moe.router import load_balancing_loss
+from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
 
 
 class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PlasticityMixin, PreTrainedModel):  # type: ignore[misc]
@@ -207,7 +208,17 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             if self.training and input_ids is not None:
                 belongs = self.fields.observe(input_ids, mask, position_ids, gate)
                 gate = self.fields.trained_gate(gate, belongs, mask)
-        return ForwardContext(gate, mask, observe=self.training, plastic=plastic)
+        return ForwardContext(
+            gate, mask, observe=self.training, plastic=plastic, sample=self._token_sample(given, mask)
+        )
+
+    def _token_sample(self, given: Tensor, mask: Tensor | None) -> TokenSample | None:
+        """The tokens whose signals are measured, in passes of every `vitals.signals_every`-th optimizer step."""
+        every, tokens = self.config.vitals.signals_every, given.shape[0] * given.shape[1]
+        if not (self.training and every and tokens) or (self.steps_lived + 1) % every:
+            return None
+        flat_mask = None if mask is None else mask.reshape(-1)
+        return spread(tokens, self.config.vitals.signal_tokens, flat_mask, given.device)
 
     def _keys_move(self) -> bool:
         """Whether this pass is evidence for the keys."""
@@ -354,6 +365,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            if context.sample is not None:
+                self._credit(logits, labels, context.sample, kwargs.get("shift_labels"))
         if output_router_logits and (coefficient := self.aux_loss_coef) is not None:
             aux_loss = self._load_balancing_loss(outputs.router_logits, context)
             if loss is not None:
@@ -376,6 +389,18 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def _credit(self, logits: Tensor, labels: Tensor, sample: TokenSample, shift_labels: Tensor | None) -> None:
+        """Credit the loss of the sampled tokens to the experts that served them, in every layer."""
+        if logits.shape[:-1] == labels.shape:
+            loss_S, known_S = token_losses(logits, labels, sample, shift_labels)
+            for block in self.living_blocks:
+                if block.layer in sample.served:
+                    index_SK, weights_SK = sample.served[block.layer]
+                    device, experts = index_SK.device, len(block.population.members)
+                    block.vitals.credit(index_SK, weights_SK, loss_S.to(device), known_S.to(device), experts)
+        # Gradient checkpointing keeps the context for its recomputation.
+        sample.served.clear()
 
     def _nothing_to_learn(self, loss: Tensor) -> Tensor:
         """The same loss with a gradient of zero, so that `backward` works on text that belongs to the (frozen) root."""

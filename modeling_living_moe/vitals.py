@@ -1,11 +1,12 @@
-"""What is measured per expert while a model trains: load, routing weight, gradient norm, age.
+"""What is measured per expert while a model trains: load, routing weight, gradients, interference, loss, age.
 
 Observation costs two scatter-adds per layer and never waits for the device. Counts go to plain tensors, not
 buffers: DistributedDataParallel would overwrite buffers with rank 0's. Once per optimizer step they are summed over
 ranks and folded into moving averages, alike on every rank. Evaluation and recomputation under gradient
-checkpointing observe nothing.
+checkpointing observe nothing. The signals of a sample of tokens and of gradients are measured every few steps only
+(`signals.py`, `gradient_sketch.py`); each has a count of its measurements, so that averages start unbiased.
 
-C capacity, E alive experts in slot order, T tokens, K experts per token.
+C capacity, E alive experts in slot order, T tokens, S sampled tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from living_moe.configuration.sections import MOST_FIELDS
 from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.distributed import rank, world_size
+from living_moe.modeling_living_moe.gradient_sketch import SKETCH, similarity
 from living_moe.modeling_living_moe.population import KeepsDtype, RowTable
+from living_moe.modeling_living_moe.signals import credit_shares
 
 #: Step of the last event of a layer that had none.
 LONG_AGO = -1_000_000_000
 #: Columns that `model.vitals(layer)` shows.
-SHOWN = ("load", "router_weight", "grad_norm", "foreign_load", "age", "tokens")
+SHOWN = (
+    "load", "router_weight", "grad_norm", "foreign_load", "age", "tokens", "interference", "loss_fast", "loss_slow",
+    "divergence", "conflict_cos", "conflict_magnitude",
+)  # fmt: skip
+#: Columns that average what is measured now and then, and the column that counts the measurements.
+COUNTED_BY = {
+    "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "conflict_cos": "compared",
+    "conflict_magnitude": "compared", "sketch": "compared",
+}  # fmt: skip
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
 
@@ -64,6 +75,18 @@ class VitalsTable(RowTable):
         "cannibalised": (torch.int64, 0),
         # Optimizer step at which a preserver may thaw; 0 for everybody else.
         "thaw_at": (torch.int64, 0),
+        # Moving average of |own output - mixture| / |own output| over the sampled tokens it served, and steps measured.
+        "interference": (torch.float32, 0.0),
+        "sampled": (torch.int64, 0),
+        # Fast and slow moving average of the loss of its tokens, nats per token, and the steps that brought some.
+        "loss_fast": (torch.float32, 0.0),
+        "loss_slow": (torch.float32, 0.0),
+        "credited": (torch.int64, 0),
+        # Moving averages of how its gradient compares with its running mean, the gradients read, that mean's sketch.
+        "conflict_cos": (torch.float32, 0.0),
+        "conflict_magnitude": (torch.float32, 0.0),
+        "compared": (torch.int64, 0),
+        "sketch": (torch.float32, 0.0),
     }
     load: Tensor
     router_weight: Tensor
@@ -76,23 +99,52 @@ class VitalsTable(RowTable):
     starved: Tensor
     cannibalised: Tensor
     thaw_at: Tensor
+    interference: Tensor
+    sampled: Tensor
+    loss_fast: Tensor
+    loss_slow: Tensor
+    credited: Tensor
+    conflict_cos: Tensor
+    conflict_magnitude: Tensor
+    compared: Tensor
+    sketch: Tensor
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.sketch = torch.zeros(capacity, SKETCH, dtype=torch.float32)
+
+    @property
+    def divergence(self) -> Tensor:
+        """Fast minus slow average of the credited loss, nats (C,): above 0 the expert loses what it could do."""
+        return self.loss_fast - self.loss_slow
 
 
 class Vitals(KeepsDtype):
-    """Vitals of one layer: a `VitalsTable` per slab, and the pending counts of the present step."""
+    """Vitals of one layer: a `VitalsTable` per slab, and the pending counts of the present step.
 
-    def __init__(self, capacities: dict[str, int], decay: float):
+    Args:
+        capacities: Slots per slab.
+        decay: Per step, of the moving averages.
+        fast_decay, slow_decay: Per step that brings an expert credit, of the averages of its credited loss.
+    """
+
+    def __init__(self, capacities: dict[str, int], decay: float, *, fast_decay: float = 0.9, slow_decay: float = 0.99):
         super().__init__()
-        self.decay = decay
+        self.decay, self.fast_decay, self.slow_decay = decay, fast_decay, slow_decay
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, VitalsTable(capacity))
         #: Steps folded so far, and the step of the layer's last event.
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("last_event", torch.tensor(LONG_AGO))
+        # Moving averages: experts per token, and the entropy of the experts' shares of the load over its largest value.
+        self.register_buffer("density", torch.tensor(0.0, dtype=torch.float32))
+        self.register_buffer("entropy", torch.tensor(0.0, dtype=torch.float32))
         #: Rows tokens, routing weight, foreign tokens, all tokens of the expert's field (of every field for the root's)
         #: per alive expert: (4, E), fp64; tokens are pairs of token and expert.
         self.pending: Tensor | None = None
+        #: Rows interference summed, places it was measured at, loss times share, shares: (4, E), fp64.
+        self.pending_signals: Tensor | None = None
         #: Tokens that chose them, int64 scalar; counted where tokens may leave places unused.
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
@@ -101,11 +153,15 @@ class Vitals(KeepsDtype):
 
     steps: Tensor
     last_event: Tensor
+    density: Tensor
+    entropy: Tensor
 
     def reset_parameters(self) -> None:
         """Nothing lived yet; leaves alone what a checkpoint has loaded."""
         init.zeros_(self.steps)
         init.constant_(self.last_event, LONG_AGO)
+        init.zeros_(self.density)
+        init.zeros_(self.entropy)
 
     def table(self, slab: str) -> VitalsTable:
         return self.get_submodule(slab)  # type: ignore[return-value]
@@ -132,8 +188,7 @@ class Vitals(KeepsDtype):
         """
         tokens, top_k = index_TK.shape
         index = index_TK.flatten()
-        # fp64 keeps long accumulations exact; Apple's devices have none.
-        dtype = torch.float32 if index.device.type == "mps" else torch.float64
+        dtype = count_dtype(index.device)
         if token_mask_T is None:
             ones = torch.ones(index.shape, dtype=dtype, device=index.device)
         else:
@@ -165,9 +220,27 @@ class Vitals(KeepsDtype):
         parts = (hidden_TH.detach(), chosen_TK, fields_S, weights_TK.detach())
         self.sample = Sample(*(part[first::stride].clone() for part in parts))
 
+    @torch.no_grad()
+    def observe_interference(self, index_SK: Tensor, ratio_SK: Tensor, known_SK: Tensor, num_experts: int) -> None:
+        """Add a sample's interference; places that are not `known_SK` do not count."""
+        self._add_signal(0, index_SK, ratio_SK * known_SK, known_SK, num_experts)
+
+    @torch.no_grad()
+    def credit(self, index_SK: Tensor, weights_SK: Tensor, loss_S: Tensor, known_S: Tensor, num_experts: int) -> None:
+        """Credit each sampled token's loss to the experts that served it, by their shares of its routing weight."""
+        share_SK = credit_shares(index_SK, weights_SK) * known_S.unsqueeze(1)
+        self._add_signal(2, index_SK, share_SK * loss_S.unsqueeze(1), share_SK, num_experts)
+
+    def _add_signal(self, row: int, index_SK: Tensor, value_SK: Tensor, count_SK: Tensor, num_experts: int) -> None:
+        if self.pending_signals is None:
+            dtype = count_dtype(index_SK.device)
+            self.pending_signals = torch.zeros(4, num_experts, dtype=dtype, device=index_SK.device)
+        added = torch.stack([value_SK.flatten(), count_SK.flatten()]).to(self.pending_signals.dtype)
+        self.pending_signals[row : row + 2].scatter_add_(1, index_SK.flatten().clamp(min=0).expand(2, -1), added)
+
     def forget(self) -> None:
         """Drop what was observed since the last step."""
-        self.pending = self.pending_tokens = self.since_step = self.sample = None
+        self.pending = self.pending_signals = self.pending_tokens = self.since_step = self.sample = None
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
@@ -181,6 +254,8 @@ class Vitals(KeepsDtype):
 
         if self.pending is not None:
             self.pending = moved(self.pending)
+        if self.pending_signals is not None:
+            self.pending_signals = moved(self.pending_signals)
         if self.since_step is not None:
             self.since_step = moved(self.since_step)
         if self.sample is not None:
@@ -190,12 +265,27 @@ class Vitals(KeepsDtype):
             self.sample = self.sample._replace(choices_SK=moved_to[choices_SK])
 
     @torch.no_grad()
-    def fold(self, counts: Tensor, alive: dict[str, int], grad_norms: dict[str, Tensor] | None) -> None:
+    def fold(
+        self,
+        counts: Tensor,
+        alive: dict[str, int],
+        grad_norms: dict[str, Tensor] | None,
+        *,
+        tokens: Tensor | None = None,
+        signals: Tensor | None = None,
+        sketches: dict[str, Tensor] | None = None,
+    ) -> None:
         """Fold one optimizer step's counts (4, E), summed over ranks, into the moving averages.
 
         Experts of a field that no token was in have not lived this step: nothing of theirs moves.
 
-        `grad_norms` holds (alive,) tensors of trainable slabs, or None on steps that do not read gradients.
+        Args:
+            counts: As `pending`.
+            alive: Alive rows per slab.
+            grad_norms: (alive,) per trainable slab, or None on steps that do not read gradients.
+            tokens: Number of tokens behind the counts, 0-dim; None leaves density and entropy alone.
+            signals: As `pending_signals`; None on steps that sample nothing.
+            sketches: (alive, SKETCH) per trainable slab, of the gradients whose norms are given.
         """
         total = counts[0].sum()
         # A running mean until the window is full, so that early averages are not biased towards zero.
@@ -220,15 +310,59 @@ class Vitals(KeepsDtype):
             table.age[:count] += lived | (total == 0)
             table.idle[:count].add_(total > 0).mul_(~lived | (total == 0))
             table.tokens[:count] += received.long()
+            if signals is not None:
+                self._fold_signals(table, signals[:, first : first + count], count)
+            if sketches is not None and slab in sketches:
+                self._fold_sketches(table, sketches[slab], count)
             first += count
+        if tokens is not None:
+            entropy = load_entropy(counts[0]) / math.log(counts.shape[1]) if counts.shape[1] > 1 else torch.ones(())
+            for average, value in ((self.density, total / tokens.clamp_min(1)), (self.entropy, entropy)):
+                average.copy_(torch.lerp(average, value.to(average), learn * (total > 0)))
         self.steps += total > 0
 
+    def _fold_signals(self, table: VitalsTable, signals: Tensor, count: int) -> None:
+        """One step's signals (4, count) of the experts of a slab."""
+        for row, decays in (
+            (0, {"interference": self.decay}),
+            (2, {"loss_fast": self.fast_decay, "loss_slow": self.slow_decay}),
+        ):
+            value = (signals[row] / signals[row + 1].clamp_min(torch.finfo(torch.float32).tiny)).float()
+            seen = signals[row + 1] > 0
+            for name, decay in decays.items():
+                _average(table, name, value, seen, decay)
+            getattr(table, COUNTED_BY[next(iter(decays))])[:count] += seen
 
-def row_norms(parameters: list[nn.Parameter], count: int) -> Tensor | None:
-    """L2 norm per slot over several slab parameters' gradients, fp32 (count,); None if none has a gradient."""
-    total: Tensor | None = None
-    for parameter in parameters:
-        if parameter.grad is not None:
-            squares = torch.linalg.vector_norm(parameter.grad[:count].flatten(1), dim=1, dtype=torch.float32).square()
-            total = squares if total is None else total + squares
-    return None if total is None else total.sqrt()
+    def _fold_sketches(self, table: VitalsTable, sketch: Tensor, count: int) -> None:
+        """Compare one step's gradients with the running mean, then let them join it. None is no evidence."""
+        seen = sketch.square().sum(-1) > 0
+        compared = table.compared[:count]
+        for name, value in zip(
+            ("conflict_cos", "conflict_magnitude"), similarity(sketch, table.sketch[:count]), strict=True
+        ):
+            # The first gradient has nothing to be compared with.
+            _average(table, name, value, seen & (compared > 0), self.decay, late=1)
+        _average(table, "sketch", sketch, seen, self.decay)
+        compared += seen
+
+
+def _average(table: VitalsTable, name: str, value: Tensor, seen: Tensor, decay: float, *, late: int = 0) -> None:
+    """Let a value join the moving average of those experts it was measured for; a running mean until it is full.
+
+    `late` is how many of the measurements counted so far brought no value.
+    """
+    old = getattr(table, name)[: len(value)]
+    count = (getattr(table, COUNTED_BY[name])[: len(value)] - late).clamp(min=0).float()
+    rate = (1.0 - (count / (count + 1.0)).clamp(max=decay)) * seen
+    old.copy_(torch.lerp(old, value, rate if value.dim() == 1 else rate.unsqueeze(1)))
+
+
+def count_dtype(device: torch.device) -> torch.dtype:
+    """fp64 keeps long accumulations exact; Apple's devices have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def load_entropy(received: Tensor) -> Tensor:
+    """Entropy, in nats, of shares of tokens; 0 where there are none."""
+    share = received / received.sum().clamp_min(1.0)
+    return torch.special.entr(share).sum()

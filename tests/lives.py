@@ -83,6 +83,16 @@ def life(model: LivingMoeForCausalLM, optimizer: Optimizer | None = None) -> dic
     return found
 
 
+def signals(model: Any) -> list[dict[str, list[float]]]:
+    """What a model's vitals say beyond load, layer by layer."""
+    names = ("interference", "loss_fast", "loss_slow", "conflict_cos", "conflict_magnitude", "grad_norm")
+    return [
+        {name: model.vitals(layer)[name].tolist() for name in names}
+        | {name: [float(value)] for name, value in model.routing(layer).items()}
+        for layer in range(len(model.expert_counts))
+    ]
+
+
 def assert_same_life(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Bit for bit."""
     assert one.keys() == other.keys()

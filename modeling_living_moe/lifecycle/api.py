@@ -25,6 +25,7 @@ from living_moe.modeling_living_moe.distributed import (
     sum_over_ranks,
     world_size,
 )
+from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
 from living_moe.modeling_living_moe.lifecycle import operations
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
@@ -33,7 +34,7 @@ from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposa
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import SHOWN, Sample, row_norms
+from living_moe.modeling_living_moe.vitals import SHOWN, Sample, count_dtype
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -67,7 +68,9 @@ class LifecycleMixin:
         """Measurements of a layer's alive experts, each (experts,) in slot order: a copy, on the layer's device.
 
         load and foreign_load (multiples of the uniform share), router_weight (mean weight per token), grad_norm (L2),
-        age (optimizer steps), tokens (received in all).
+        age (optimizer steps), tokens (received in all), interference (multiples of the expert's own output), loss_fast,
+        loss_slow and divergence (nats per token), conflict_cos and conflict_magnitude (of its gradients). What was not
+        measured yet is 0.
         """
         block = self.living_block(layer)
         alive = block.population.alive.items()
@@ -75,6 +78,13 @@ class LifecycleMixin:
             name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive])
             for name in SHOWN
         }
+
+    def routing(self, layer: int) -> dict[str, Tensor]:
+        """How a layer routes, moving averages, 0-dim: `density`, experts per token; `entropy` of the experts' shares of
+        the load, 1.0 when all have the same.
+        """
+        vitals = self.living_block(layer).vitals
+        return {"density": vitals.density.clone(), "entropy": vitals.entropy.clone()}
 
     @property
     def lineage(self) -> Lineage:
@@ -450,47 +460,65 @@ class LifecycleMixin:
 
     @torch.no_grad()
     def _fold_vitals(self, step: int) -> None:
-        blocks = self.living_blocks
-        counts: list[Tensor] = []
-        for block in blocks:
-            pending = block.vitals.pending
-            shape = (4, len(block.population.members))
-            device = block.population.next_uid.device
-            counts.append(torch.zeros(shape, dtype=torch.float64, device=device) if pending is None else pending)
-        if world_size() > 1:
-            total = sum_over_ranks(torch.cat([count.flatten().to(counts[0].device) for count in counts]))
-            parts = total.split([count.numel() for count in counts])
-            counts = [part.view(count.shape).to(count.device) for part, count in zip(parts, counts, strict=True)]
-        every = self.config.vitals.grad_norm_every
+        every, sampling = self.config.vitals.grad_norm_every, self.config.vitals.signals_every
+        reads, samples = bool(every) and step % every == 0, bool(sampling) and step % sampling == 0
         rate = self.config.router.bias_update_rate
-        for block, count in zip(blocks, counts, strict=True):
-            norms = _gradient_norms(block) if every and step % every == 0 else None
-            block.vitals.fold(count, block.population.alive, norms)
+        for block, evidence in zip(self.living_blocks, self._step_evidence(), strict=True):
+            counts, signals, tokens = evidence
+            norms, sketches = _gradients(block) if reads else (None, None)
+            block.vitals.fold(
+                counts,
+                block.population.alive,
+                norms,
+                tokens=tokens,
+                signals=signals if samples else None,
+                sketches=sketches,
+            )
             if rate:
-                balance_step(block.population, count[0], rate)
+                balance_step(block.population, counts[0], rate)
             if isinstance(block.router.selection, TopAny):
-                block.router.selection.steer(_density(block, count[0].sum()))
-            block.vitals.pending = block.vitals.pending_tokens = None
+                block.router.selection.steer(counts[0].sum() / tokens.clamp_min(1))
+            block.vitals.pending = block.vitals.pending_signals = block.vitals.pending_tokens = None
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending()))
 
+    def _step_evidence(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per layer, of all ranks: counts (4, E), signals (4, E) and the number of tokens (0-dim).
 
-def _density(block: LivingMoeBlock, pairs: Tensor) -> Tensor:
-    """Mean number of experts of the step's tokens, of all ranks; `pairs` is their sum already."""
-    tokens = block.vitals.pending_tokens
-    total = torch.zeros((), dtype=torch.int64, device=pairs.device) if tokens is None else tokens.clone()
-    return pairs / sum_over_ranks(total).clamp_min(1)
+        One collective for all of it, and the same one on every rank, whatever it has seen.
+        """
+        blocks = self.living_blocks
+        packed: list[Tensor] = []
+        for block in blocks:
+            vitals, experts = block.vitals, len(block.population.members)
+            device = block.population.next_uid.device
+            zeros = torch.zeros(4, experts, dtype=count_dtype(device), device=device)
+            tokens = zeros.new_zeros(1) if vitals.pending_tokens is None else vitals.pending_tokens.to(zeros).view(1)
+            parts = (vitals.pending, vitals.pending_signals)
+            packed.append(torch.cat([*(zeros.flatten() if p is None else p.flatten() for p in parts), tokens]))
+        if world_size() > 1:
+            total = sum_over_ranks(torch.cat([pack.to(packed[0].device) for pack in packed]))
+            sums = total.split([pack.numel() for pack in packed])
+            packed = [part.to(pack.device) for part, pack in zip(sums, packed, strict=True)]
+        evidence = []
+        for block, pack in zip(blocks, packed, strict=True):
+            counts, signals = pack[:-1].view(2, 4, -1)
+            selection = block.router.selection
+            tokens = pack[-1] if selection.leaves_places_unused else counts[0].sum() / selection.places
+            evidence.append((counts, signals, tokens))
+        return evidence
 
 
-def _gradient_norms(block: LivingMoeBlock) -> dict[str, Tensor]:
-    norms = {}
+def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """L2 norms (alive,) and sketches (alive, SKETCH) of the experts' gradients, by slab."""
+    norms, sketches = {}, {}
     for slab, count in block.population.alive.items():
         weights = block.experts.slab(slab)
-        norm = row_norms([weights.gate_up_proj, weights.down_proj], count)
-        if norm is not None:
-            norms[slab] = norm
-    return norms
+        gradients = [p.grad for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
+        if gradients:
+            sketches[slab], norms[slab] = sketch_rows(gradients, count)
+    return norms, sketches
 
 
 def _recent_queries(block: LivingMoeBlock, uid: int) -> tuple[Tensor | None, Tensor | None]:

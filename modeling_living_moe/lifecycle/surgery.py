@@ -27,7 +27,7 @@ from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, PlasticityTable
 from living_moe.modeling_living_moe.population import IdentityTable, Leaf, RowTable, Tombstone
-from living_moe.modeling_living_moe.vitals import VitalsTable
+from living_moe.modeling_living_moe.vitals import COUNTED_BY, VitalsTable
 
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
 
@@ -504,6 +504,12 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
             column[number] = values[0]
         elif name in ("overloaded", "starved", "cannibalised", "idle", "thaw_at"):
             column[number] = 0
+        elif row.life == "merged" and name in COUNTED_BY:
+            # The mean, weighted like the weights, over those it was ever measured of.
+            counts = [getattr(old[s.slab], COUNTED_BY[name])[s.row] for s in row.sources]
+            weights = [s.weight * (count > 0) for s, count in zip(row.sources, counts, strict=True)]
+            total = sum(value * weight for value, weight in zip(values, weights, strict=True))
+            column[number] = total / torch.as_tensor(sum(weights)).clamp_min(1e-12)
         elif row.life == "merged":
             shared = name in ("load", "foreign_load", "tokens")
             column[number] = sum(values) if shared else max(values)

@@ -9,7 +9,7 @@ from factories import HIDDEN, living_model, mixed_text
 from torch import Tensor
 
 from living_moe import LivingMoeForCausalLM
-from living_moe.modeling_living_moe.vitals import SHOWN, Vitals, row_norms
+from living_moe.modeling_living_moe.vitals import SHOWN, Vitals
 
 
 def state(model: LivingMoeForCausalLM) -> dict[str, Tensor]:
@@ -164,7 +164,6 @@ def test_gradient_norms_are_those_of_the_rows() -> None:
             assert not norms.any(), "an off step reads no gradient"
     # The running mean of two steps, of which the first was not read.
     torch.testing.assert_close(norms, rows.norm(dim=1) / 2)
-    assert row_norms([torch.nn.Parameter(torch.ones(2, 3))], 2) is None
 
 
 def test_vitals_are_shown_per_alive_expert_in_slot_order_as_a_copy() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import STEPS, blocks, build, calm_model
+from lives import STEPS, blocks, build, calm_model, signals
 
 from living_moe.training.data import BlockLoader
 
@@ -54,6 +54,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
 @pytest.mark.parametrize("preset", ["grow", "frozen-graft"])
 def test_two_processes_are_one_process_with_their_global_batch(preset: str, ranks: list[Seen]) -> None:
     alone = build(calm_model(preset), data=BlockLoader(blocks(), 8, seed=3), max_steps=STEPS)
+    alone.model.config.vitals.signal_tokens *= 2  # as many as both ranks sample
     alone.run()
     first, second = (seen[preset] for seen in ranks)
     assert first == second, "the ranks have parted"
@@ -66,6 +67,10 @@ def test_two_processes_are_one_process_with_their_global_batch(preset: str, rank
     assert happened >= ({"split", "death", "grow"} if preset == "grow" else {"split", "grow"})
     assert first["capacities"] == [block.capacities() for block in alone.model.living_blocks]
     assert first["resumed_is_the_same"]
+    for theirs, ours in zip(first["signals"], signals(alone.model), strict=True):
+        assert any(ours["interference"]) and any(ours["loss_slow"])
+        for name, values in ours.items():
+            assert theirs[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_both_before_the_step(ranks: list[Seen]) -> None:

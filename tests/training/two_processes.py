@@ -14,7 +14,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from lives import STEPS, blocks, build, busy_model, calm_model  # noqa: E402
+from lives import STEPS, blocks, build, busy_model, calm_model, signals  # noqa: E402
 
 from living_moe.configuration.errors import LivingMoeError  # noqa: E402
 from living_moe.training.checkpointing import load_model  # noqa: E402
@@ -48,6 +48,7 @@ def seen(trainer: Any) -> dict[str, Any]:
         "lineage": [event.to_dict() for event in trainer.model.lineage],
         "digest": digest(trainer.model, trainer.optimizer),
         "capacities": [block.capacities() for block in trainer.model.living_blocks],
+        "signals": signals(trainer.model),
     }
 
 
