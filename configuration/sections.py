@@ -405,6 +405,9 @@ class LifecycleConfig(Section):
     max_experts: int | None = None
     #: Mutation noise of a newborn, relative to each weight tensor's RMS; 0 is an exact copy.
     noise_std: float = 0.0
+    #: While new data arrives and experts protect themselves (phases 2 and 3 of the drift detector), policies that watch
+    #: for cannibalisation divide their thresholds by this; 1 never tightens them.
+    drift_vigilance: float = 1.5
     #: Seed of mutation noise and of tie breaks; with (step, layer, uid) it determines every event.
     seed: int = 0
 
@@ -414,6 +417,7 @@ class LifecycleConfig(Section):
         for name in ("warmup_steps", "cooldown_steps", "min_age_steps", "sibling_merge_bar_steps", "seed"):
             self.require(name, getattr(self, name) >= 0, ">= 0")
         self.require("noise_std", self.noise_std >= 0, ">= 0")
+        self.require("drift_vigilance", self.drift_vigilance >= 1, ">= 1")
         self.require("death_load", 0 <= self.death_load, ">= 0")
         self.require("adapt_load", 0 <= self.adapt_load, ">= 0")
         self.require("preserve_steps", self.preserve_steps >= 0, ">= 0")

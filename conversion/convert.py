@@ -26,6 +26,7 @@ from living_moe.configuration.slabs import slab_name
 from living_moe.conversion.tables import BLOCK_TENSORS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.deltas import FieldDelta
+from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.families import Family, family_of
 from living_moe.modeling_living_moe.modeling_living_moe import Clock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
@@ -249,6 +250,7 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         settings, vocab_size = base.config.receptive_field, base.config.backbone_config.vocab_size
         base.fields = ReceptiveFields(settings, vocab_size, base.fields.num_fields).to(device)
     base.clock = Clock().to(device)
+    base.drift = DriftDetector().to(device)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -20,13 +20,14 @@ from living_moe.configuration.slabs import MOST_TIERS, slab_name
 from living_moe.model_cards.card import ParameterCounts
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.checkpoint import check_files, check_population
+from living_moe.modeling_living_moe.gradient_sketch import NEUTRAL, conflict_zone
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.population import Population
 from living_moe.records import parameter_counts
 
 #: Parts of a tensor's name that mark the small tables read from disk.
-_TABLES = (".population.", ".vitals.")
+_TABLES = (".population.", ".vitals.", ".drift.")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Inspection:
     config: LivingMoeConfig
     populations: list[Population]
     vitals: list[dict[str, Tensor]]
+    routing: list[dict[str, Tensor]]
+    phase: str
     parameters: ParameterCounts
     lineage: Lineage
 
@@ -72,6 +75,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         config=config,
         populations=[block.population for block in model.living_blocks],
         vitals=[model.vitals(layer) for layer in range(len(model.living_blocks))],
+        routing=[model.routing(layer) for layer in range(len(model.living_blocks))],
+        phase=model.phase,
         parameters=parameter_counts(model),
         lineage=Lineage.load(lineage) if lineage.is_file() else Lineage(),
     )
@@ -102,7 +107,7 @@ def by_tier(alive: Mapping[str, int], *, frozen: bool) -> str:
 
 
 def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
-    """Print an inspection: populations, parameters, the last events."""
+    """Print an inspection: populations, signals (the largest of a layer's experts), parameters, the last events."""
     config, counts = inspection.config, inspection.parameters
     console.print(
         f"[bold]{inspection.path}[/bold]: {config.backbone_config.model_type}, preset {config.preset or 'none'}, "
@@ -131,6 +136,19 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
             str(sum(member.field > 0 for member in population.members)),
             f"{float(load.max()):.2f}",
             f"{float(load.min()):.2f}",
+        )
+    console.print(table)
+    table = Table(title=f"Signals, phase {inspection.phase}")
+    for column in ("layer", "density", "entropy", "interference", "divergence", "worst conflict", "in conflict"):
+        table.add_column(column, justify="right")
+    for layer, (routing, vitals) in enumerate(zip(inspection.routing, inspection.vitals, strict=True)):
+        conflict = vitals["conflict_cos"]
+        table.add_row(
+            str(layer),
+            *(f"{float(routing[name]):.2f}" for name in ("density", "entropy")),
+            *(f"{float(vitals[name].max()):.2f}" for name in ("interference", "divergence")),
+            f"{float(conflict.min()):.2f} ({conflict_zone(float(conflict.min()))})",
+            str(int((conflict <= -NEUTRAL).sum())),
         )
     console.print(table)
     table = Table(title="Parameters")

@@ -23,6 +23,7 @@ from living_moe.configuration.sections import ExpertsConfig
 from living_moe.configuration.slabs import SLABS, slab_name
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import DownMaps, GateHolder, UpMaps, attach_deltas
+from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
@@ -110,6 +111,12 @@ class LivingBackbone:
         init_living_weights(module, self.config.initializer_range, self.living_settings)
 
 
+#: Modules that know how to begin a life.
+_RESET = (
+    DownMaps, DriftDetector, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals,
+)  # fmt: skip
+
+
 def init_living_weights(module: nn.Module, std: float, settings: ExpertsConfig) -> None:
     """Initial weights of our own modules, for models that are not loaded.
 
@@ -120,7 +127,7 @@ def init_living_weights(module: nn.Module, std: float, settings: ExpertsConfig) 
     elif isinstance(module, Keys):
         for key in module.values():
             init.normal_(key, mean=0.0, std=std)
-    elif isinstance(module, (DownMaps, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals)):
+    elif isinstance(module, _RESET):
         module.reset_parameters()
 
 

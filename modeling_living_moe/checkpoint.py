@@ -198,6 +198,7 @@ class CheckpointMixin:
             if block.plasticity is not None:
                 block.plasticity.evidence = []
         self._life._steps = None  # type: ignore[attr-defined]
+        self._life.drift.pending = None  # type: ignore[attr-defined]
         self.record_populations()  # type: ignore[attr-defined]
         return result
 

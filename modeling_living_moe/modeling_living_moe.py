@@ -30,6 +30,7 @@ from living_moe.modeling_living_moe.backbone import (
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import CheckpointMixin
 from living_moe.modeling_living_moe.deltas import FieldDelta
+from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.evidence import evidence_history, remember
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
@@ -121,6 +122,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         #: The delta of the head, which a causal-LM model around this one owns; a list, so that it is no child here.
         self.deltas_outside: list[FieldDelta] = []
         self.clock = Clock()
+        self.drift = DriftDetector()
         self._steps: int | None = None
         self.lineage_ = Lineage()
         self.post_init()
@@ -205,6 +207,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         if self.fields is not None:
             ids = input_ids if input_ids is not None else given.new_full(given.shape[:2], -1, dtype=torch.int64)
             gate = self.fields(ids, mask, history, position_ids)
+            if self.training:
+                self.drift.observe_fields(gate.index, mask)
             if self.training and input_ids is not None:
                 belongs = self.fields.observe(input_ids, mask, position_ids, gate)
                 gate = self.fields.trained_gate(gate, belongs, mask)
@@ -365,6 +369,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            if context.observe:
+                self.model.drift.observe_loss(loss.detach())
             if context.sample is not None:
                 self._credit(logits, labels, context.sample, kwargs.get("shift_labels"))
         if output_router_logits and (coefficient := self.aux_loss_coef) is not None:

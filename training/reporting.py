@@ -39,6 +39,8 @@ def describe_events(events: Sequence[LifecycleEvent]) -> str:
 class Progress:
     """Hook: a progress bar on a terminal, else a line every `every` steps; events get a line of their own.
 
+    So do changes of a living model's phase, looked up every `every` steps.
+
     Args:
         total: Steps of the run.
         every: Steps between lines where there is no terminal.
@@ -54,6 +56,7 @@ class Progress:
         self._tokens = 0
         self._since = time.perf_counter()
         self._events = 0
+        self._phase: str | None = None
 
     def __call__(self, trainer: LivingTrainer, record: StepRecord) -> None:
         if not self.shown:
@@ -65,6 +68,8 @@ class Progress:
             self._bar = tqdm(total=self.total, initial=record.step - 1, unit="step", dynamic_ncols=True)
         if record.events:
             self.say(f"step {record.step}: {describe_events(record.events)}")
+        if record.experts and record.step % self.every == 0:
+            self._tell_phase(trainer.model, record.step)
         mean = sum(self._losses) / len(self._losses)
         experts = sum(record.experts)
         if self._bar is not None:
@@ -83,6 +88,11 @@ class Progress:
             )
             self._tokens, self._since = 0, time.perf_counter()
 
+    def _tell_phase(self, model: Any, step: int) -> None:
+        before, self._phase = self._phase, model.phase
+        if before not in (None, self._phase):
+            self.say(f"step {step}: phase {self._phase}, since step {model.signals()['phase_since']:.0f}")
+
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
         if self.shown:
@@ -98,13 +108,14 @@ class JsonLog:
     """Hook: one JSON line per step. A resumed run drops the lines after the step it resumes from.
 
     Every so many steps the line of a living model has `routing`, how far its routing has collapsed (`LOGGED_ROUTING`,
-    see collapse.py). That costs one transfer from the device.
+    see collapse.py), and `signals`, what `model.signals` says, with the `phase` it is in and the step at which that
+    began. That costs a few transfers from the device.
 
     Args:
         path: Of the log, such as `log.jsonl`.
         after: Keep lines up to this step.
         written: False on all processes but one.
-        every: Steps between lines with `routing`; 0 is never.
+        every: Steps between lines with `routing` and `signals`; 0 is never.
     """
 
     def __init__(self, path: Path, *, after: int = 0, written: bool = True, every: int = 10):
@@ -135,6 +146,7 @@ class JsonLog:
         if record.experts and self.every and record.step % self.every == 0:
             means = summary(collapse_report(trainer.model), prefix="")
             entry["routing"] = {name: means[name] for name in LOGGED_ROUTING}
+            entry["signals"] = {**trainer.model.signals(), "phase": trainer.model.phase}  # type: ignore[operator]
         self.write(entry)
 
     def write(self, entry: dict[str, Any]) -> None:

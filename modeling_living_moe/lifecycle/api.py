@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from living_moe.modeling_living_moe.distributed import (
     sum_over_ranks,
     world_size,
 )
+from living_moe.modeling_living_moe.drift import NEW_DATA, SELF_PRESERVATION, step_signals
 from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
 from living_moe.modeling_living_moe.lifecycle import operations
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
@@ -34,7 +36,7 @@ from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposa
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import SHOWN, Sample, count_dtype
+from living_moe.modeling_living_moe.vitals import SHOWN, Sample, count_dtype, load_entropy
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -90,6 +92,45 @@ class LifecycleMixin:
     def lineage(self) -> Lineage:
         """Every event so far, oldest first."""
         return self._life.lineage_
+
+    @property
+    def phase(self) -> str:
+        """Phase of the cycle of self-protection (see drift.py): stability, new_data, self_preservation, specialisation,
+        consolidation or new_equilibrium.
+        """
+        return self._life.drift.phase_name
+
+    @property
+    def vigilance(self) -> float:
+        """What policies divide their thresholds by: `lifecycle.drift_vigilance` in new_data and self_preservation."""
+        tight = int(self._life.drift.phase) in (NEW_DATA, SELF_PRESERVATION)
+        return self.config.lifecycle.drift_vigilance if tight else 1.0
+
+    def signals(self) -> dict[str, float]:
+        """What the whole model shows, one transfer from the device.
+
+        Means over the experts it was measured for: interference, divergence and conflict (cosine of the gradient with
+        its running mean). Means over layers: density and entropy. The step at which the phase began: phase_since.
+        What was not measured yet is left out.
+        """
+        blocks, device = self.living_blocks, self._life.drift.phase.device
+        tables = [(block.vitals.table(slab), n) for block in blocks for slab, n in block.population.alive.items()]
+
+        def column(name: str) -> Tensor:
+            return torch.cat([getattr(table, name)[:alive].to(device) for table, alive in tables])
+
+        numbers: dict[str, Tensor] = {}
+        for name, shown, known in (
+            ("interference", "interference", column("sampled") > 0),
+            ("divergence", "divergence", column("credited") > 0),
+            ("conflict", "conflict_cos", column("compared") > 1),
+        ):
+            numbers[name] = (column(shown) * known).sum() / known.sum()
+        for name in ("density", "entropy"):
+            numbers[name] = torch.stack([getattr(block.vitals, name).to(device) for block in blocks]).mean()
+        numbers["phase_since"] = self._life.drift.began
+        values = torch.stack([number.float() for number in numbers.values()]).tolist()
+        return {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
 
     @property
     def steps_lived(self) -> int:
@@ -302,6 +343,7 @@ class LifecycleMixin:
             member = draft.block.population.find(event.children[0], event.layer)
             draft.block.vitals.table(member.slab).thaw_at[member.row] = 0
         draft.block.vitals.last_event.fill_(event.step)
+        self._life.drift.note(event.kind)
         self.lineage.append(event)
         self.record_populations()
         return event
@@ -441,10 +483,6 @@ class LifecycleMixin:
             return
         yield self._happen(single[proposal.kind](block, uid, around, proposal.reason), optimizer)
 
-    @property
-    def vigilance(self) -> float:
-        return 1.0
-
     def _circumstances(self) -> Circumstances:
         around, budget = self._surroundings(), self.config.experts.memory_budget_mib
         return Circumstances(
@@ -463,8 +501,9 @@ class LifecycleMixin:
         every, sampling = self.config.vitals.grad_norm_every, self.config.vitals.signals_every
         reads, samples = bool(every) and step % every == 0, bool(sampling) and step % sampling == 0
         rate = self.config.router.bias_update_rate
-        for block, evidence in zip(self.living_blocks, self._step_evidence(), strict=True):
-            counts, signals, tokens = evidence
+        evidence, drift_sums = self._step_evidence()
+        self._follow_drift(evidence, drift_sums, step)
+        for block, (counts, signals, tokens) in zip(self.living_blocks, evidence, strict=True):
             norms, sketches = _gradients(block) if reads else (None, None)
             block.vitals.fold(
                 counts,
@@ -483,8 +522,22 @@ class LifecycleMixin:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending()))
 
-    def _step_evidence(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per layer, of all ranks: counts (4, E), signals (4, E) and the number of tokens (0-dim).
+    def _follow_drift(self, evidence: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, step: int) -> None:
+        """Show the drift detector this step's signals."""
+        device = sums.device
+        layers = [
+            (
+                _clade_entropy(block, counts[0]).to(device),
+                counts[0].sum().to(device),
+                tokens.to(device),
+                pulled.to(device),
+            )
+            for block, (counts, pulled, tokens) in zip(self.living_blocks, evidence, strict=True)
+        ]
+        self._life.drift.step(*step_signals(layers, sums), step)
+
+    def _step_evidence(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """Of all ranks: per layer counts (4, E), signals (4, E) and the number of tokens (0-dim); the drift detector's.
 
         One collective for all of it, and the same one on every rank, whatever it has seen.
         """
@@ -497,17 +550,27 @@ class LifecycleMixin:
             tokens = zeros.new_zeros(1) if vitals.pending_tokens is None else vitals.pending_tokens.to(zeros).view(1)
             parts = (vitals.pending, vitals.pending_signals)
             packed.append(torch.cat([*(zeros.flatten() if p is None else p.flatten() for p in parts), tokens]))
+        packed.append(self._life.drift.take())
         if world_size() > 1:
             total = sum_over_ranks(torch.cat([pack.to(packed[0].device) for pack in packed]))
             sums = total.split([pack.numel() for pack in packed])
             packed = [part.to(pack.device) for part, pack in zip(sums, packed, strict=True)]
         evidence = []
-        for block, pack in zip(blocks, packed, strict=True):
+        for block, pack in zip(blocks, packed[:-1], strict=True):
             counts, signals = pack[:-1].view(2, 4, -1)
             selection = block.router.selection
             tokens = pack[-1] if selection.leaves_places_unused else counts[0].sum() / selection.places
             evidence.append((counts, signals, tokens))
-        return evidence
+        return evidence, packed[-1]
+
+
+def _clade_entropy(block: LivingMoeBlock, received: Tensor) -> Tensor:
+    """Entropy, nats, of the clades' shares of a step's tokens: splits, which hand tokens on within a clade, keep it."""
+    population = block.population
+    alive = population.alive.items()
+    clades_E = torch.cat([population.table(slab).clade[:count] for slab, count in alive])
+    largest = max(member.clade for member in population.members)
+    return load_entropy(received.new_zeros(largest + 1).scatter_add_(0, clades_E, received))
 
 
 def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -98,6 +98,34 @@ def test_every_so_many_lines_of_a_log_have_the_state_of_routing(tmp_path: Path) 
     assert entries[1]["routing"] == pytest.approx(expected)
 
 
+def test_every_so_many_lines_have_the_signals_and_changes_of_phase_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, path = living_trainer(), tmp_path / "log.jsonl"
+    hooks = [JsonLog(path, every=2), Progress(8, every=2)]
+    table, drift = trainer.model.living_blocks[0].vitals.table("trainable"), trainer.model.model.drift
+    table.interference[:2], table.sampled[:2] = torch.tensor([1.0, 3.0]), torch.tensor([1, 4])
+    table.loss_fast[0], table.loss_slow[0], table.credited[0] = 2.5, 2.0, 1
+    for step in range(1, 9):
+        if step == 5:
+            drift.phase.fill_(2)
+            drift.began.fill_(5)
+        for hook in hooks:
+            hook(trainer, record(step))
+    signals = {
+        entry["step"]: entry["signals"]
+        for entry in map(json.loads, path.read_text().splitlines())
+        if "signals" in entry
+    }
+    assert list(signals) == [2, 4, 6, 8]
+    assert signals[4] == {
+        "interference": 2.0, "divergence": 0.5, "density": 0.0, "entropy": 0.0, "phase_since": 0.0, "phase": "stability"
+    }  # fmt: skip
+    assert (signals[6]["phase"], signals[6]["phase_since"]) == ("new_data", 5.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "phase" in line] == ["step 6: phase new_data, since step 5"]
+
+
 def test_a_log_is_continued_after_the_step_resumed_from(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = JsonLog(path)
