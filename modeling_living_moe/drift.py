@@ -123,16 +123,19 @@ class DriftDetector(KeepsDtype):
 
     @staticmethod
     def _first_values() -> list[tuple[str, Tensor]]:
-        signals, number = len(WATCHED), dict(dtype=torch.float32)
-        values = [(name, torch.zeros(signals, **number)) for name in ("level", "variance", "up", "down")]  # type: ignore[arg-type]
-        values += [(name, torch.tensor(0.0, **number)) for name in ("fast", "peak", "deviation")]  # type: ignore[arg-type]
-        values += [(name, torch.tensor(0)) for name in ("began", "alarms")]
-        values += [("calm", torch.tensor(QUIET)), ("since_split", torch.tensor(SETTLED))]
+        signals = len(WATCHED)
+        per_signal = [(name, torch.zeros(signals, dtype=torch.float32)) for name in ("level", "variance", "up", "down")]
+        of_loss = [(name, torch.tensor(0.0, dtype=torch.float32)) for name in ("fast", "peak", "deviation")]
         return [
-            *values,
+            *per_signal,
+            *of_loss,
             ("count", torch.zeros(signals, dtype=torch.int64)),
             ("phase", torch.tensor(STABILITY)),
+            ("began", torch.tensor(0)),
+            ("calm", torch.tensor(QUIET)),
+            ("since_split", torch.tensor(SETTLED)),
             ("shifting", torch.tensor(False)),
+            ("alarms", torch.tensor(0)),
             ("events", torch.zeros(2, dtype=torch.int64)),
             ("relearn", torch.tensor(False)),
         ]
