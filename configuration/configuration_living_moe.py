@@ -371,6 +371,8 @@ class LivingMoeConfig(PreTrainedConfig):
                     f"lifecycle.{name} is {bound} but every token needs num_experts_per_tok = {top_k} experts; "
                     f"raise lifecycle.{name} or lower num_experts_per_tok."
                 )
+        # Until a model is built, nothing here knows which layers have experts.
+        self.experts.require_layers(self.num_hidden_layers if self.populations is None else len(self.populations))
         if self.populations is not None:
             self._validate_populations(self.populations, top_k)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -63,14 +64,18 @@ class Section:
         self.validate()
 
     def _checked(self, name: str, value: Any, hint: Any) -> Any:
-        accepted = typing.get_args(hint) or (hint,)
+        hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if isinstance(value, (list, tuple)) and list[int] in hints and all(type(item) is int for item in value):
+            return list(value)
+        accepted = tuple(kind for kind in hints if isinstance(kind, type) and kind != list[int])
         if isinstance(value, bool):
             ok = bool in accepted
         elif isinstance(value, int) and int not in accepted and float in accepted:
             return float(value)
         else:
             ok = isinstance(value, accepted)
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+        spelt = {type(None): "None", list[int]: "a list of int"}
+        names = " or ".join(spelt.get(kind) or kind.__name__ for kind in hints)
         if not ok:
             raise ConfigurationError(f"{self.section_name}.{name} must be {names}, got {value!r}.")
         if isinstance(value, float) and not math.isfinite(value):
@@ -191,6 +196,13 @@ class ExpertsConfig(Section):
     tier_factor: int = 4
     #: Highest tier that merges may make; 0 keeps every expert at the backbone's width.
     max_tier: int = 0
+    #: Tiers whose experts are ternary, of 1.58 bits: absmean weights and 8-bit activations (arXiv:2402.17764).
+    ternary_tiers: list[int] = dataclasses.field(default_factory=list)
+    #: Living layers in which they are so; None is all of them.
+    ternary_layers: list[int] | None = None
+    #: Ternary experts are held as 1.6 bits a weight, for inference: what `model.pack_experts()` and its checkpoints
+    #: say. A model built from scratch with it has experts of zeros.
+    packed: bool = False
     #: A full slab grows to this multiple of its capacity (geometric growth keeps re-wrapping rare).
     growth_factor: float = 1.5
     #: A slab shrinks to its alive rows when fewer than this share of its slots are alive.
@@ -207,6 +219,26 @@ class ExpertsConfig(Section):
         self.require("growth_factor", self.growth_factor > 1, "> 1")
         self.require("shrink_below", 0 <= self.shrink_below < 1, "in [0, 1)")
         self.require("memory_budget_mib", self.memory_budget_mib is None or self.memory_budget_mib > 0, "None or > 0")
+        tiers, layers = self.ternary_tiers, self.ternary_layers
+        self.require(
+            "ternary_tiers",
+            len(set(tiers)) == len(tiers) and all(0 <= tier < MOST_TIERS for tier in tiers),
+            f"different tiers from 0 to {MOST_TIERS - 1}",
+        )
+        if layers is not None:
+            ok = bool(layers) and len(set(layers)) == len(layers) and min(layers) >= 0
+            self.require("ternary_layers", ok, "None or different living layers, from 0")
+        self.require("packed", bool(tiers) or not self.packed, "False without ternary_tiers")
+
+    def ternary_in(self, layer: int) -> frozenset[int]:
+        """Tiers whose experts are ternary in a living layer."""
+        here = self.ternary_layers is None or layer in self.ternary_layers
+        return frozenset(self.ternary_tiers if here else ())
+
+    def require_layers(self, living_layers: int) -> None:
+        """Raise `ConfigurationError` if `ternary_layers` names a layer that a model of so many does not have."""
+        missing = [layer for layer in self.ternary_layers or () if layer >= living_layers]
+        self.require("ternary_layers", not missing, f"None or of the living layers 0..{living_layers - 1}")
 
 
 @dataclass(kw_only=True)

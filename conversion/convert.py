@@ -100,6 +100,7 @@ def convert(
     config = LivingMoeConfig.from_backbone(model.config, preset=preset, **overrides)
     config.experts.init = "pretrained"
     config.provenance = {"base_model": name, "family": family.model_type}
+    require_float_experts(config, verify)
     if verify:
         require_exact_router(config)
     living = graft(model, config, copy_tensors=not owned)
@@ -128,6 +129,21 @@ def require_exact_router(config: LivingMoeConfig) -> None:
                 f"router.{name}={getattr(router, name)!r} makes another model of the source, so its outputs "
                 f"cannot stay as they are; leave it out, or pass verify=False to convert all the same and train it."
             )
+
+
+def require_float_experts(config: LivingMoeConfig, verify: bool) -> None:
+    """Raise `ConversionError` if the pretrained experts would be quantised: then no output can stay as it is."""
+    if config.experts.packed:
+        raise ConversionError(
+            "experts.packed=True: a graft takes float experts; convert without it, then model.ternarize(token_ids) and "
+            "model.pack_experts()."
+        )
+    if verify and 0 in config.experts.ternary_tiers:
+        raise ConversionError(
+            f"experts.ternary_tiers={config.experts.ternary_tiers} quantises the pretrained experts, so the outputs "
+            f"cannot stay as they are; convert without it and call model.ternarize(token_ids), which fits them to "
+            f"text, or pass verify=False to take the weights as latents and train."
+        )
 
 
 def free_directory(path: str | os.PathLike[str]) -> Path:

@@ -148,6 +148,11 @@ def uniform_addresses(living: LivingMoeForCausalLM, family: Family, field: int) 
             problems.append(
                 f"layer {block.layer}: uids {', '.join(map(str, wide))} are wider than the family's experts"
             )
+        quantised = {
+            m.slab for m in block.population.members if m.index in servers and block.experts.is_ternary(m.slab)
+        }
+        if quantised:
+            problems.append(f"layer {block.layer}: the experts of {', '.join(sorted(quantised))} are ternary")
         layers.append(sorted((cell[0] for cell in cells), key=lambda address: address.group))
         num_groups = block.router.scoring.num_groups
         sizes = [sum(address.group == group for address in layers[-1]) for group in range(num_groups)]

@@ -36,6 +36,9 @@ def parameter_counts(model: LivingMoePreTrainedModel) -> ParameterCounts:
     for block in model.living_blocks:
         # With experts of several widths, of the mean one.
         alive, pool = block.population.alive, block.experts
+        total += sum(
+            count * 3 * pool.hidden_size * pool.width(slab) for slab, count in alive.items() if pool.is_packed(slab)
+        )
         units = sum(count * pool.width(slab) for slab, count in alive.items()) / max(1, sum(alive.values()))
         active += round(block.router.scoring.top_k * 3 * pool.hidden_size * units)
     return {"total": total, "active": active, "trainable": trainable}

@@ -31,6 +31,7 @@ from living_moe.modeling_living_moe.population import Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import Keys, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
+from living_moe.modeling_living_moe.ternary import PackedTernary
 from living_moe.modeling_living_moe.vitals import Vitals
 
 
@@ -66,6 +67,7 @@ class LivingBackbone:
                 f"populations has {len(config.populations)} entries but {type(self).__name__} has "
                 f"{len(self.living_layers)} layers with experts; give one entry per such layer."
             )
+        config.experts.require_layers(len(self.living_layers))
         for number, (layer, population) in enumerate(zip(self.living_layers, config.populations, strict=True)):
             source = getattr(layer, family.block_attribute)
             block = LivingMoeBlock(
@@ -111,9 +113,9 @@ class LivingBackbone:
         init_living_weights(module, self.config.initializer_range, self.living_settings)
 
 
-#: Modules that know how to begin a life.
+#: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, KeyPlasticity, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals,
+    DownMaps, DriftDetector, KeyPlasticity, PackedTernary, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

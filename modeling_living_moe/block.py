@@ -113,8 +113,16 @@ class LivingMoeBlock(nn.Module):
         self.has_fields = has_fields
         self.jitter_noise = family.jitter_noise(config)
         self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
-        factor = (experts or ExpertsConfig()).tier_factor
-        self.experts = ExpertPool(config, capacities, hidden, family.intermediate_size(config), factor)
+        experts = experts or ExpertsConfig()
+        self.experts = ExpertPool(
+            config,
+            capacities,
+            hidden,
+            family.intermediate_size(config),
+            experts.tier_factor,
+            experts.ternary_in(layer),
+            experts.packed,
+        )
         self.population = Population(
             capacities,
             hidden,
@@ -188,12 +196,13 @@ class LivingMoeBlock(nn.Module):
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 
     def slot_parameters(self) -> Iterator[SlotParameter]:
-        """Every parameter with one row per slot, in slab order."""
+        """Every parameter with one row per slot, in slab order; of packed experts there is none but their keys."""
         for name in SLABS:
             if name in self.population.slabs:
-                slab = self.experts.slab(name)
-                yield SlotParameter(self.layer, name, "gate_up_proj", slab.gate_up_proj)
-                yield SlotParameter(self.layer, name, "down_proj", slab.down_proj)
+                if not self.experts.is_packed(name):
+                    slab = self.experts.weights(name)
+                    yield SlotParameter(self.layer, name, "gate_up_proj", slab.gate_up_proj)
+                    yield SlotParameter(self.layer, name, "down_proj", slab.down_proj)
                 yield SlotParameter(self.layer, name, "key", self.router.keys[name])
 
     def capacities(self) -> dict[str, int]:

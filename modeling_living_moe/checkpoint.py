@@ -183,7 +183,12 @@ class CheckpointMixin:
 
         So a model of the same backbone takes up any population. Parameters that change size are replaced: build the
         optimizer after this call.
+
+        Raises:
+            CheckpointError: Experts are packed in the state dict and not in the model, or the other way round.
         """
+        for prefix, block in self._named_blocks():
+            check_kinds(block, prefix, state_dict)
         retired: list[nn.Parameter] = []
         before = {id(parameter) for parameter in self._replaceable()}
         for prefix, block in self._named_blocks():
@@ -258,11 +263,29 @@ _TABLES = (
 )  # fmt: skip
 
 
+#: Tensors of a slab with parameters, and of a packed one.
+_FLOAT = ("gate_up_proj", "down_proj")
+_PACKED = ("gate_up_packed", "gate_up_scale", "down_packed", "down_scale")
+
+
 def _row_names(slab: str) -> list[str]:
-    names = [f"experts.{slab}.gate_up_proj", f"experts.{slab}.down_proj", f"router.keys.{slab}"]
+    names = [f"experts.{slab}.{name}" for name in (*_FLOAT, *_PACKED)] + [f"router.keys.{slab}"]
     names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
     names += [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
     return names + [f"plasticity.{slab}.{column}" for column in (*PlasticityTable.columns, "start")]
+
+
+def check_kinds(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where a state dict has packed experts and the block has none, or the other way round."""
+    for slab in SLABS:
+        packed = block.experts.is_packed(slab)
+        if any(f"{prefix}experts.{slab}.{name}" in state_dict for name in (_FLOAT if packed else _PACKED)):
+            kinds = ("latent", "packed") if packed else ("packed", "not packed")
+            remedy = "unpack_experts() first" if packed else "ternarize() and model.pack_experts() first"
+            raise CheckpointError(
+                f"layer {block.layer}, slab {slab!r}: the experts of this state dict are {kinds[0]}, the model's are "
+                f"{kinds[1]}; call model.{remedy}, or load the checkpoint with from_pretrained."
+            )
 
 
 def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> list[nn.Parameter]:
@@ -281,8 +304,7 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
         if wanted == now:
             continue
         if now:
-            old = block.experts.slab(slab)
-            replaced += [old.gate_up_proj, old.down_proj, block.router.keys[slab]]
+            replaced += [slot.parameter for slot in block.slot_parameters() if slot.slab == slab]
             for owner in (block.experts, block.population, block.vitals, block.plasticity):
                 if owner is not None:
                     del owner._modules[slab]

@@ -8,6 +8,7 @@ C slots of a slab, H hidden, I intermediate, T tokens, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ from living_moe.modeling_living_moe.population import sort_slabs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from living_moe.modeling_living_moe.ternary import PackedTernary
 
 
 @use_experts_implementation
@@ -103,11 +106,11 @@ def init_experts(slab: ExpertSlab, std: float, settings: ExpertsConfig) -> None:
         init.copy_(weight, drawn)
 
 
-def unwrapped(module: nn.Module) -> ExpertSlab:
+def unwrapped(module: nn.Module) -> ExpertSlab | PackedTernary:
     """The slab itself, also where PEFT has wrapped it (`target_parameters`)."""
-    while not isinstance(module, ExpertSlab):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
+    while (inner := getattr(module, "base_layer", None)) is not None:
+        module = inner
+    return module  # type: ignore[return-value]
 
 
 class ExpertPool(nn.Module):
@@ -118,6 +121,8 @@ class ExpertPool(nn.Module):
         capacities: Slots per slab.
         hidden_size, intermediate_size: H, and I of tier 0.
         tier_factor: Width of a tier in widths of the one below.
+        ternary_tiers: Tiers whose experts are ternary.
+        packed: Whether those are packed.
     """
 
     def __init__(
@@ -127,18 +132,34 @@ class ExpertPool(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         tier_factor: int = 1,
+        ternary_tiers: Collection[int] = (),
+        packed: bool = False,
     ):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.tier_factor = tier_factor
+        self.ternary_tiers = frozenset(ternary_tiers)
+        self.packed = packed and bool(ternary_tiers)
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, self.new_slab(name, capacity))
 
-    def new_slab(self, name: str, capacity: int) -> ExpertSlab:
-        return ExpertSlab(self.config, capacity, self.hidden_size, self.width(name), trainable=not is_frozen(name))
+    def new_slab(self, name: str, capacity: int) -> ExpertSlab | PackedTernary:
+        """A slab of zeros, of the kind its tier has."""
+        from living_moe.modeling_living_moe.ternary import PackedTernary, TernarySlab
+
+        if self.is_packed(name):
+            return PackedTernary(capacity, self.hidden_size, self.width(name), self.config.hidden_act)
+        kind = TernarySlab if self.is_ternary(name) else ExpertSlab
+        return kind(self.config, capacity, self.hidden_size, self.width(name), trainable=not is_frozen(name))
+
+    def is_ternary(self, name: str) -> bool:
+        return tier_of(name) in self.ternary_tiers
+
+    def is_packed(self, name: str) -> bool:
+        return self.packed and self.is_ternary(name)
 
     def width(self, name: str) -> int:
         """I of a slab's experts."""
@@ -151,6 +172,10 @@ class ExpertPool(nn.Module):
 
     def bytes_per_expert(self, name: str) -> int:
         """Bytes of one expert's weights in a slab."""
+        if self.is_packed(name):
+            from living_moe.modeling_living_moe.ternary import packed_bytes
+
+            return packed_bytes(self.hidden_size, self.width(name))
         size: int = next(self.parameters()).element_size()
         return 3 * self.hidden_size * self.width(name) * size
 
@@ -158,11 +183,27 @@ class ExpertPool(nn.Module):
         super().add_module(name, module)
         sort_slabs(self._modules)
 
-    def slab(self, name: str) -> ExpertSlab:
+    def slab(self, name: str) -> ExpertSlab | PackedTernary:
         return unwrapped(self.get_submodule(name))
 
+    def weights(self, name: str) -> ExpertSlab:
+        """The slab as one that has parameters; those of packed slabs are never asked for."""
+        slab = self.slab(name)
+        assert isinstance(slab, ExpertSlab), f"slab {name!r} is packed"
+        return slab
+
     def is_wrapped(self, name: str) -> bool:
-        return not isinstance(self._modules.get(name, None), (ExpertSlab, type(None)))
+        module = self._modules.get(name)
+        return module is not None and hasattr(module, "base_layer")
+
+    def rows(self, index_TK: Tensor, alive: dict[str, int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Per slab the row of every pair, (T, K), C where it is of another slab or of none; and which those are."""
+        first = 0
+        for name, count in alive.items():
+            rows_TK = index_TK - first
+            elsewhere_TK = (rows_TK < 0) | (rows_TK >= count)
+            yield name, rows_TK.masked_fill(elsewhere_TK, self.slab(name).num_experts), elsewhere_TK
+            first += count
 
     def forward(
         self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, alive: dict[str, int], *, full: bool = True
@@ -179,24 +220,15 @@ class ExpertPool(nn.Module):
         Returns:
             (T, H), dtype of `hidden_TH`.
         """
+        if len(alive) == 1 and full:
+            # One slab: exactly the call the source family makes, so a graft is exact bit for bit.
+            return self.get_submodule(next(iter(alive)))(hidden_TH, index_TK, weights_TK)
         output: Any = None
-        first = 0
-        for name, count in alive.items():
-            module = self.get_submodule(name)
-            slab = unwrapped(module)
-            if len(alive) == 1 and full:
-                # One slab: exactly the call the source family makes, so a graft is exact bit for bit.
-                return module(hidden_TH, index_TK, weights_TK)
-            rows_TK = index_TK - first
-            elsewhere_TK = (rows_TK < 0) | (rows_TK >= count)
+        for name, rows_TK, elsewhere_TK in self.rows(index_TK, alive):
+            slab = self.slab(name)
             # Pairs of another slab, or of none, are what expert-parallel dispatch calls sentinels: skipped.
             slab._is_expert_parallel = True  # type: ignore[assignment]
-            part = module(
-                hidden_TH,
-                rows_TK.masked_fill(elsewhere_TK, slab.num_experts),
-                weights_TK.masked_fill(elsewhere_TK, 0.0),
-            )
+            part = self.get_submodule(name)(hidden_TH, rows_TK, weights_TK.masked_fill(elsewhere_TK, 0.0))
             slab._is_expert_parallel = False  # type: ignore[assignment]
             output = part if output is None else output + part
-            first += count
         return output

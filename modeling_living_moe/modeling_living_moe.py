@@ -40,9 +40,12 @@ from living_moe.modeling_living_moe.population import ROOT_FIELD
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 from living_moe.modeling_living_moe.router import load_balancing_loss
 from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
+from living_moe.modeling_living_moe.ternary_api import TernaryMixin
 
 
-class LivingMoePreTrainedModel(CheckpointMixin, LifecycleMixin, PlasticityMixin, PreTrainedModel):  # type: ignore[misc]
+class LivingMoePreTrainedModel(  # type: ignore[misc]
+    CheckpointMixin, LifecycleMixin, PlasticityMixin, TernaryMixin, PreTrainedModel
+):
     """Base of the living models: Transformers' contract, the population's API, strict checkpoints."""
 
     config: LivingMoeConfig

@@ -6,6 +6,8 @@ outside tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,9 +30,31 @@ def reference_forward(block: LivingMoeBlock, hidden_TH: Tensor, field_T: Tensor 
 
 
 def reference_expert(block: LivingMoeBlock, member: Member, hidden: Tensor) -> Tensor:
-    slab = block.experts.slab(member.slab)
-    gate, up = F.linear(hidden, slab.gate_up_proj[member.row]).chunk(2)
-    return F.linear(slab.act_fn(gate) * up, slab.down_proj[member.row])
+    slab = block.experts.weights(member.slab)
+    gate_up, down = slab.gate_up_proj[member.row], slab.down_proj[member.row]
+    is_ternary = block.experts.is_ternary(member.slab)
+    if is_ternary:
+        gate_up = torch.cat([straight_through(latent, ternary) for latent in gate_up.chunk(2)])
+        down = straight_through(down, ternary)
+        hidden = straight_through(hidden, eight_bits)
+    gate, up = F.linear(hidden, gate_up).chunk(2)
+    units = slab.act_fn(gate) * up
+    return F.linear(straight_through(units, eight_bits) if is_ternary else units, down)
+
+
+def straight_through(latent: Tensor, quantise: Callable[[Tensor], Tensor]) -> Tensor:
+    """`quantise(latent)`, up to the rounding of a sum, with the gradient of the identity."""
+    return latent + (quantise(latent.detach()) - latent).detach()
+
+
+def ternary(matrix: Tensor) -> Tensor:
+    scale = matrix.float().abs().mean()
+    return ((matrix.float() / scale).round().clamp(-1, 1) * scale).to(matrix.dtype) if scale else matrix
+
+
+def eight_bits(token: Tensor) -> Tensor:
+    step = token.float().abs().max() / 127
+    return ((token.float() / step).round() * step).to(token.dtype) if step else token
 
 
 def reference_route(block: LivingMoeBlock, hidden: Tensor, field: int) -> list[tuple[Tensor, Member]]:

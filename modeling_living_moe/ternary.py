@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -31,6 +32,9 @@ from living_moe.configuration.errors import ConfigurationError
 from living_moe.modeling_living_moe.active_experts import ACTIVE
 from living_moe.modeling_living_moe.experts import ExpertSlab
 from living_moe.modeling_living_moe.population import KeepsDtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TRITS_PER_BYTE = 5
 #: The byte of five zeros.
@@ -240,6 +244,17 @@ def _fake_quantize_gate_up(gate_up: Tensor) -> Tensor:
     return fake_quantize(_gate_and_up(gate_up)).flatten(-3, -2)
 
 
+def ternary_row(row: Tensor, role: str) -> Tensor:
+    """What one expert's latents compute with; `row` is (2I, H) where `role` is gate_up_proj, (H, I) for down_proj."""
+    return _fake_quantize_gate_up(row) if role == "gate_up_proj" else fake_quantize(row)
+
+
+def fitted_row(row: Tensor, role: str) -> Tensor:
+    """Latents whose ternary values are as near as can be to one expert's float weights, as in `ternary_row`."""
+    matrices = row.chunk(2) if role == "gate_up_proj" else (row,)
+    return torch.cat([_fit(matrix.float(), None, matrix.float()) for matrix in matrices]).to(row.dtype)
+
+
 class TernarySlab(ExpertSlab):
     """A slab whose parameters are latent: every pass computes with their ternary values and 8-bit activations.
 
@@ -313,6 +328,11 @@ def _renumber(rows_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return hit, place[rows_TK]
 
 
+def packed_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one packed expert: three matrices, each with its scale."""
+    return 3 * (-(-hidden_size * intermediate_size // TRITS_PER_BYTE) + 4)
+
+
 class PackedTernary(KeepsDtype):
     """A slab that is its packed weights and scales, 1.6 bits per weight, in memory and in a state dict.
 
@@ -338,9 +358,14 @@ class PackedTernary(KeepsDtype):
         self.act_fn: Any = ACT2FN[act_fn] if isinstance(act_fn, str) else act_fn
         num_bytes = -(-hidden_size * intermediate_size // TRITS_PER_BYTE)
         self.register_buffer("gate_up_packed", torch.full((capacity, 2, num_bytes), ZEROS_BYTE, dtype=torch.uint8))
-        self.register_buffer("gate_up_scale", torch.zeros(capacity, 2))
+        self.register_buffer("gate_up_scale", torch.zeros(capacity, 2, dtype=torch.float32))
         self.register_buffer("down_packed", torch.full((capacity, num_bytes), ZEROS_BYTE, dtype=torch.uint8))
-        self.register_buffer("down_scale", torch.zeros(capacity))
+        self.register_buffer("down_scale", torch.zeros(capacity, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Zeros in every slot that no checkpoint has filled."""
+        for name, buffer in self.named_buffers():
+            init.constant_(buffer, ZEROS_BYTE if name.endswith("packed") else 0)
 
     @classmethod
     @torch.no_grad()
@@ -381,6 +406,15 @@ class PackedTernary(KeepsDtype):
         down = unpack(self.down_packed[row], (hidden, inner)).float()
         parts = [latent_weights(q, 0.5, scale) for q, scale in zip(gate_up, self.gate_up_scale[row], strict=True)]
         return torch.cat(parts), latent_weights(down, 0.5, self.down_scale[row])
+
+    @torch.no_grad()
+    def to_slab(self, config: PreTrainedConfig, dtype: torch.dtype, *, trainable: bool) -> TernarySlab:
+        """Latents of all slots, on this slab's device; the inverse of `from_slab` as far as `latents` says."""
+        slab = TernarySlab(config, self.num_experts, self.hidden_dim, self.intermediate_dim, trainable=trainable)
+        slab = slab.to(self.down_scale.device, dtype).train(self.training)
+        for row in range(self.num_experts):
+            slab.gate_up_proj[row], slab.down_proj[row] = self.latents(row)
+        return slab
 
     def row_select(self, rows: Sequence[int]) -> PackedTernary:
         """A slab of `len(rows)` slots: slot i is this one's slot `rows[i]`, or zeros where that is negative."""

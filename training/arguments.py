@@ -225,7 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
         section_hints = typing.get_type_hints(cls)
         for definition in dataclasses.fields(cls):
             name = f"{section}.{definition.name}"
-            _add_flag(group, f"--{name}", name, section_hints[definition.name], f"default {definition.default}")
+            factory = definition.default_factory
+            default = definition.default if factory is dataclasses.MISSING else factory()
+            _add_flag(group, f"--{name}", name, section_hints[definition.name], f"default {default}")
     return parser
 
 
@@ -234,6 +236,8 @@ def _add_flag(parser: Any, flag: str, name: str, hint: Any, text: str) -> None:
     options: dict[str, Any] = {"dest": name, "help": text}
     if list[str] in accepted:
         parser.add_argument(flag, nargs="+", metavar="FILE", **options)
+    elif list[int] in accepted:
+        parser.add_argument(flag, nargs="*", type=int, metavar="INT", **options)
     elif bool in accepted and "." not in flag:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     else:

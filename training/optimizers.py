@@ -64,6 +64,9 @@ class LivingModel(Protocol):
     def take_step_fields(self) -> Tensor | None:
         """int64 (F,) tokens of each newborn field since the last call, over all ranks; None without fields."""
 
+    def require_unpacked(self) -> None:
+        """Raise `PopulationError` if experts are packed, so that they could not train."""
+
     def modules(self) -> Iterator[nn.Module]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -121,6 +124,8 @@ class LivingAdamW(Optimizer):
             model = model_or_groups
             groups = _groups_of(_as_living(model), weight_decay, decay_embeddings)
         self._model = None if model is None else _as_living(model)
+        if self._model is not None:
+            self._model.require_unpacked()
         self._direct_gradients = direct_gradients
         self._fused = fused
         self._slots: dict[int, SlotParameter] = {}
@@ -249,7 +254,10 @@ class LivingAdamW(Optimizer):
 
 
 def _as_living(model: nn.Module) -> LivingModel:
-    wanted = ("slot_parameters", "take_step_tokens", "field_parameters", "take_step_fields", "population_version")
+    wanted = (
+        "slot_parameters", "take_step_tokens", "field_parameters", "take_step_fields", "population_version",
+        "require_unpacked",
+    )  # fmt: skip
     missing = [name for name in wanted if not hasattr(model, name)]
     if missing:
         raise OptimizerError(

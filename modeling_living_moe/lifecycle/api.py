@@ -62,6 +62,15 @@ class LifecycleMixin:
         """Alive experts per living layer."""
         return [len(block.population.members) for block in self.living_blocks]
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of all alive experts."""
+        return sum(
+            count * block.experts.bytes_per_expert(slab)
+            for block in self.living_blocks
+            for slab, count in block.population.alive.items()
+        )
+
     def expert_uids(self, layer: int) -> list[int]:
         """Uids of a layer's alive experts, in slot order."""
         return self.living_block(layer).population.uids
@@ -159,6 +168,23 @@ class LifecycleMixin:
             )
         return blocks[layer]
 
+    def require_unpacked(self, layer: int | None = None) -> None:
+        """For whoever would change experts, of one layer or of all.
+
+        Raises:
+            PopulationError: They are packed.
+        """
+        for block in self.living_blocks if layer is None else [self.living_block(layer)]:
+            if block.experts.packed:
+                raise PopulationError(
+                    f"layer {block.layer}: the ternary experts are packed (1.6 bits a weight, for inference), so none "
+                    f"can change or train; call model.unpack_experts() first."
+                )
+
+    def _changeable_block(self, layer: int) -> LivingMoeBlock:
+        self.require_unpacked(layer)
+        return self.living_block(layer)
+
     def slot_parameters(self) -> list[SlotParameter]:
         """Every parameter with one row per slot, layer by layer."""
         return [slot for block in self.living_blocks for slot in block.slot_parameters()]
@@ -197,6 +223,8 @@ class LifecycleMixin:
             UnknownExpertError: No such expert alive.
             PopulationError: `lifecycle.max_experts` or `experts.memory_budget_mib` would be exceeded.
             OptimizerError: The optimizer is unsupported, or was built before a slab grew.
+
+        Like every event: `PopulationError` where the layer's ternary experts are packed.
         """
         if noise_std < 0:
             raise PopulationError(f"noise_std must be >= 0, got {noise_std}.")
@@ -212,28 +240,28 @@ class LifecycleMixin:
         """Make one expert of several, weighted by load: by averaging them after matching their hidden units, or, with
         `tier_up` and if their widths differ, by laying these beside each other in a wider one. See `operations.merge`.
         """
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         drafted = operations.merge(block, uids, self._surroundings(), REQUEST, tier_up=tier_up)
         return self._happen(drafted, optimizer)
 
     def remove_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Death of an expert. Exact if it serves no token. Raises `PopulationError` below top-k."""
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         return self._happen(operations.remove(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def freeze_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Move an expert to the frozen slab: it keeps serving, and never changes again until thawed."""
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         return self._happen(operations.freeze(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def thaw_expert(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """Move an expert to the trainable slab."""
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         return self._happen(operations.thaw(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def part_clade(self, layer: int, uid: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
         """End the clade of an expert: its members become clades of their own. Not exact; see `operations.part`."""
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         return self._happen(operations.part(block, uid, self._surroundings(), REQUEST), optimizer)
 
     def open_field(self, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
@@ -281,7 +309,7 @@ class LifecycleMixin:
         optimizer: Optimizer | None,
         field: int | None = None,
     ) -> LifecycleEvent:
-        block = self.living_block(layer)
+        block = self._changeable_block(layer)
         queries, fields = _recent_queries(block, uid)
         drafted = operations.split(
             block,
@@ -309,11 +337,7 @@ class LifecycleMixin:
             step=self.steps_lived,
             lifecycle=self.config.lifecycle,
             experts=self.config.experts,
-            bytes_now=sum(
-                count * block.experts.bytes_per_expert(slab)
-                for block in self.living_blocks
-                for slab, count in block.population.alive.items()
-            ),
+            bytes_now=self.expert_bytes,
         )
 
     def _happen(self, drafted: tuple[LayerDraft, LifecycleEvent], optimizer: Optimizer | None) -> LifecycleEvent:
@@ -427,6 +451,8 @@ class LifecycleMixin:
         """
         config = self.config.lifecycle
         step = self.steps_lived
+        if config.enabled:
+            self.require_unpacked()
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []
         events: list[LifecycleEvent] = []
@@ -462,7 +488,7 @@ class LifecycleMixin:
 
     def _carry_out(self, proposal: Proposal, optimizer: Optimizer | None) -> Iterator[LifecycleEvent]:
         """The events that a proposal stands for, one after the other."""
-        block, uid = self.living_block(proposal.layer), proposal.uids[0]
+        block, uid = self._changeable_block(proposal.layer), proposal.uids[0]
         if proposal.kind in ("split", "preserve"):
             yield self._split(proposal.layer, uid, proposal.reason, self.config.lifecycle.noise_std, optimizer)
             if proposal.kind == "preserve":
@@ -577,7 +603,9 @@ def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tens
     """L2 norms (alive,) and sketches (alive, SKETCH) of the experts' gradients, by slab."""
     norms, sketches = {}, {}
     for slab, count in block.population.alive.items():
-        weights = block.experts.slab(slab)
+        if block.experts.is_packed(slab):
+            continue
+        weights = block.experts.weights(slab)
         gradients = [p.grad for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
         if gradients:
             sketches[slab], norms[slab] = sketch_rows(gradients, count)

@@ -395,7 +395,7 @@ def match_neurons(block: LivingMoeBlock, first: Member, second: Member) -> Tenso
     """Order of `second`'s hidden units that best matches `first`'s, int64 (I,); None if they match as they are."""
 
     def features_IF(member: Member) -> Tensor:
-        slab = block.experts.slab(member.slab)
+        slab = block.experts.weights(member.slab)
         gate, up = slab.gate_up_proj[member.row].float().chunk(2, dim=0)
         return torch.cat([F.normalize(part, dim=1) for part in (gate, up, slab.down_proj[member.row].float().T)], dim=1)
 
@@ -403,7 +403,7 @@ def match_neurons(block: LivingMoeBlock, first: Member, second: Member) -> Tenso
     if torch.equal(similarity_II.argmax(dim=1), torch.arange(similarity_II.shape[0])):
         return None
     _, order = linear_sum_assignment(similarity_II.numpy(), maximize=True)
-    device = block.experts.slab(second.slab).down_proj.device
+    device = block.experts.weights(second.slab).down_proj.device
     return torch.as_tensor(order, dtype=torch.int64, device=device)
 
 

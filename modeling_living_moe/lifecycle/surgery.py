@@ -27,6 +27,7 @@ from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, PlasticityTable
 from living_moe.modeling_living_moe.population import IdentityTable, Leaf, RowTable, Tombstone
+from living_moe.modeling_living_moe.ternary import fitted_row, ternary_row
 from living_moe.modeling_living_moe.vitals import COUNTED_BY, VitalsTable
 
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
@@ -341,7 +342,7 @@ class LayerDraft:
         if role == "key" and row.address is not None:
             return row.address.key_H.to(siblings[row.sources[0].slab].dtype)
         sources = self._sources(slab, number, role)
-        parts = [(_reorder(siblings[s.slab].detach()[s.row], role, s.neurons_I), s.weight) for s in sources]
+        parts = [(_reorder(self._row_of(siblings[s.slab], s, role), role, s.neurons_I), s.weight) for s in sources]
         if role != "key" and any(source.at is not None for source in sources):
             return self._beside_each_other(slab, role, row, parts)
         value = parts[0][0].clone() if len(parts) == 1 else sum(part * weight for part, weight in parts)
@@ -350,16 +351,24 @@ class LayerDraft:
             value += _noise_like(value, row, role) * (row.noise_std * _rms(value))
         return value
 
+    def _row_of(self, parameter: nn.Parameter, source: RowSource, role: str) -> Tensor:
+        """A source's row. Latents of a ternary expert stay latents, unless they become part of a wider expert, which
+        is to compute what they do: then what they are quantised to."""
+        row = parameter.detach()[source.row]
+        if role == "key" or source.at is None or not self.block.experts.is_ternary(source.slab):
+            return row
+        return ternary_row(row, role)
+
     def _beside_each_other(self, slab: str, role: str, row: DraftRow, parts: list[tuple[Tensor, float]]) -> Tensor:
         """A wider row with the hidden units of several. Units left over read at random and write nothing, so they cost
-        no function, and learn."""
+        no function, and learn. A ternary tier has one scale for all units, the best there is."""
         value = parts[0][0].new_zeros(self.block.experts.row_shape(slab, role))
         if role == "gate_up_proj":
             value += _noise_like(value, row, role) * _rms(torch.cat([part for part, _ in parts]))
         for source, (part, weight) in zip(row.sources, parts, strict=True):
             assert source.at is not None
             place_units(value, part if role == "gate_up_proj" else part * weight, role, source.at)
-        return value
+        return fitted_row(value, role) if self.block.experts.is_ternary(slab) else value
 
     def _sources(self, slab: str, number: int, role: str) -> tuple[RowSource, ...]:
         """Sources of a new row's part of that role; none for a cleared row."""
@@ -422,12 +431,11 @@ class LayerDraft:
             del router.keys[slab]
             return
         if slab in pool._modules:
-            module = pool.slab(slab)
+            module = pool.weights(slab)
         else:
             with torch.device("meta"):
-                module = pool.new_slab(slab, edit.capacity_after)
-            module.train(pool.training)
-            pool.add_module(slab, module)
+                pool.add_module(slab, pool.new_slab(slab, edit.capacity_after).train(pool.training))
+            module = pool.weights(slab)
         module.num_experts = edit.capacity_after
         module.gate_up_proj, module.down_proj = new["gate_up_proj"], new["down_proj"]
         router.keys[slab] = new["key"]
@@ -586,13 +594,15 @@ _guarded = False
 _unclaimed: list[tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module]]] = []
 
 
-def retire(parameters: Sequence[nn.Parameter]) -> None:
+def retire(parameters: Sequence[nn.Parameter], *, packed: bool = False) -> None:
     """Remember parameters that left their model; an optimizer's step on one of them is from now on an error.
 
-    Without this an optimizer built before a slab grew would train tensors nobody reads, and say nothing.
+    Without this an optimizer built before a slab grew (or was packed) would train tensors nobody reads, and say so to
+    nobody.
     """
     for parameter in parameters:
         parameter._living_moe_retired = True  # type: ignore[attr-defined]
+        parameter._living_moe_packed = packed  # type: ignore[attr-defined]
     if parameters:
         _guard_steps()
 
@@ -623,6 +633,12 @@ def _guard_steps() -> None:
 def _refuse_stale(optimizer: Optimizer, *_: object) -> None:
     held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in held.values():
+        if getattr(parameter, "_living_moe_packed", False):
+            raise PopulationError(
+                f"this {type(optimizer).__name__} was built before model.pack_experts(): it holds latents of shape "
+                f"{tuple(parameter.shape)} that are no longer in the model. Call model.unpack_experts() and build the "
+                f"optimizer anew."
+            )
         if is_retired(parameter):
             raise OptimizerError(
                 f"this {type(optimizer).__name__} was built before a slab changed its capacity: it holds a tensor of "

@@ -73,6 +73,9 @@ class Population(nn.Module):
         for field, delta in enumerate(self.deltas, start=1):
             yield field, delta.weight
 
+    def require_unpacked(self) -> None:
+        pass
+
     def take_step_fields(self) -> Tensor:
         taken = self.field_tokens.clone()
         self.field_tokens.zero_()
