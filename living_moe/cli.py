@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, export, inspect, train, quickstart, card."""
+"""The `living-moe` command: convert, ternarize, export, inspect, train, quickstart, card."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--no-verify", action="store_true", help="do not compare logits with the source")
     convert.set_defaults(run=run_convert)
+
+    ternarize = commands.add_parser(
+        "ternarize", help="turn a living checkpoint's experts into ternary ones (1.58 bits); outputs change, see design"
+    )
+    ternarize.add_argument("source", help="living checkpoint's directory or hub id")
+    ternarize.add_argument("target", type=Path, help="directory for the new checkpoint; must not exist or be empty")
+    ternarize.add_argument(
+        "--calibration",
+        type=Path,
+        help="text file like what the model will read; thresholds and scales are fitted to it",
+    )
+    ternarize.add_argument(
+        "--pack", action="store_true", help="write 1.6 bits a weight, for inference (default: latents to train on)"
+    )
+    ternarize.set_defaults(run=run_ternarize)
 
     export = commands.add_parser("export", help="write a uniform living checkpoint as one of its source family")
     export.add_argument("source", help="living checkpoint's directory or hub id")
@@ -120,6 +135,31 @@ def run_convert(arguments: argparse.Namespace) -> None:
         **overrides,
     )
     print(f"living checkpoint written to {arguments.target}")
+
+
+def run_ternarize(arguments: argparse.Namespace) -> None:
+    from living_moe.conversion.convert import copy_tokenizer, free_directory
+    from living_moe.conversion.export import load_living
+    from living_moe.texts import calibration_ids
+
+    target = free_directory(arguments.target)
+    ids = None if arguments.calibration is None else calibration_ids(arguments.source, arguments.calibration)
+    model = load_living(arguments.source)
+    before = model.expert_bytes
+    reports = model.ternarize(ids)
+    if arguments.pack:
+        model.pack_experts()
+    model.save_pretrained(target)
+    copy_tokenizer(arguments.source, target)
+    errors = "they were ternary already"
+    if reports:
+        worst, plain = (
+            max(float(getattr(report, name).max()) for report in reports if report.uids)
+            for name in ("calibrated_E", "absmean_E")
+        )
+        errors = f"largest relative error of an expert {worst:.3f} (plain absmean {plain:.3f})"
+    print(f"experts: {before:,} bytes before, {model.expert_bytes:,} after; {errors}")
+    print(f"ternary checkpoint written to {target}")
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import CheckpointError
+from living_moe.configuration.sections import ExpertsConfig
 from living_moe.configuration.slabs import MOST_TIERS, slab_name
 from living_moe.model_cards.card import ParameterCounts
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
@@ -106,6 +107,14 @@ def by_tier(alive: Mapping[str, int], *, frozen: bool) -> str:
     return " + ".join(map(str, counts))
 
 
+def ternary_line(experts: ExpertsConfig) -> str:
+    """Which experts are ternary, and how they are held."""
+    tiers = ", ".join(map(str, experts.ternary_tiers))
+    layers = "" if experts.ternary_layers is None else f", layers {', '.join(map(str, experts.ternary_layers))}"
+    held = "packed, 1.6 bits a weight" if experts.packed else "as latents to train on"
+    return f"Ternary experts: tiers {tiers}{layers}; {held}."
+
+
 def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
     """Print an inspection: populations, signals (the largest of a layer's experts), parameters, the last events."""
     config, counts = inspection.config, inspection.parameters
@@ -113,6 +122,8 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
         f"[bold]{inspection.path}[/bold]: {config.backbone_config.model_type}, preset {config.preset or 'none'}, "
         f"{len(inspection.populations)} living layers"
     )
+    if config.experts.ternary_tiers:
+        console.print(ternary_line(config.experts))
     table = Table(title="Populations")
     for column in (
         "layer",

@@ -28,8 +28,8 @@ def parameter_counts(model: LivingMoePreTrainedModel) -> ParameterCounts:
         if slot is None:
             total, active = total + size, active + size
         else:
-            alive = model.living_block(slot.layer).population.alive.get(slot.slab, 0)
-            size = alive * (size // parameter.shape[0])
+            experts = model.living_block(slot.layer).population.alive.get(slot.slab, 0)
+            size = experts * (size // parameter.shape[0])
             total += size
             active += size if slot.role == "key" else 0
         trainable += size if parameter.requires_grad else 0

@@ -33,7 +33,8 @@ def assert_equals_oracle(
     """Compare one layer on random tokens, of random fields where the model has fields; returns the gradients."""
     block = model.living_blocks[layer]
     generator = torch.Generator().manual_seed(seed)
-    hidden_TH = (torch.randn(tokens, block.router.hidden_size, generator=generator) * scale).requires_grad_()
+    hidden_TH = torch.randn(tokens, block.router.hidden_size, generator=generator) * scale
+    hidden_TH = hidden_TH.to(model.dtype).requires_grad_()
     field_T, context = None, ForwardContext(all_logits=False)
     if block.has_fields:
         field_T = torch.randint(2, (tokens,), generator=generator)

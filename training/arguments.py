@@ -226,8 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
         for definition in dataclasses.fields(cls):
             name = f"{section}.{definition.name}"
             factory = definition.default_factory
-            default = definition.default if factory is dataclasses.MISSING else factory()
-            _add_flag(group, f"--{name}", name, section_hints[definition.name], f"default {default}")
+            value: Any = definition.default if factory is dataclasses.MISSING else factory()
+            _add_flag(group, f"--{name}", name, section_hints[definition.name], f"default {value}")
     return parser
 
 

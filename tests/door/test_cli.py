@@ -5,7 +5,10 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import living_moe
 from living_moe.cli import main, parse_overrides
@@ -29,6 +32,35 @@ def test_convert_writes_a_living_checkpoint_that_computes_the_same(source: Path,
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
         assert torch.equal(loaded(ids).logits, expected)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_ternarize_fits_to_a_text_and_says_what_it_cost(pack: bool, tmp_path: Path, capsys):
+    model = living_moe.convert(factories.source_model("mixtral"), tmp_path / "living", preset="grow")
+    words = {f"w{number}": number for number in range(60)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "living")
+    ids = factories.token_ids(1, 400, high=60)[0]
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number}" for number in ids.tolist()))
+    arguments = ["ternarize", str(tmp_path / "living"), str(tmp_path / "out"), "--calibration"]
+    arguments += [str(tmp_path / "text.txt")]
+    assert main(arguments + ["--pack"] * pack) == 0
+    reports = model.ternarize(ids)
+    worst = max(float(report.calibrated_E.max()) for report in reports)
+    floats = 4 * 16 * 3 * 32 * 16
+    after = 16 * 3 * (103 + 4) if pack else floats
+    assert f"{floats:,} bytes before, {after:,} after; largest relative error of an expert {worst:.3f}" in (
+        capsys.readouterr().out
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    model.set_experts_implementation("eager")
+    assert torch.equal(factories.logits(loaded, ids[None, :20]), factories.logits(model, ids[None, :20]))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert f"Ternary experts: tiers 0; {'packed' if pack else 'as latents'}" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "never overwrites" in capsys.readouterr().err
 
 
 def test_convert_never_overwrites(source: Path, tmp_path: Path, capsys):

@@ -17,7 +17,7 @@ LEAST = ["--model", "m", "--data-files", "a.txt"]
 def test_flags_set_arguments_and_sections() -> None:
     flags = ["--lr", "1e-2", "--batch-size", "3", "--gradient-checkpointing", "--no-append-eos"]
     flags += ["--lifecycle.interval", "5", "--lifecycle.enabled", "false", "--lifecycle.max_experts", "none"]
-    flags += ["--receptive_field.decay", "0.9", "--lifecycle.policy", "load"]
+    flags += ["--receptive_field.decay", "0.9", "--lifecycle.policy", "load", "--experts.ternary_tiers", "0", "1"]
     arguments = parse_arguments([*LEAST, "b.txt", *flags])
     assert arguments.data_files == ["a.txt", "b.txt"]
     assert (arguments.lr, arguments.batch_size, arguments.gradient_checkpointing) == (1e-2, 3, True)
@@ -25,6 +25,7 @@ def test_flags_set_arguments_and_sections() -> None:
     assert arguments.sections == {
         "lifecycle": {"interval": 5, "enabled": False, "max_experts": None, "policy": "load"},
         "receptive_field": {"decay": 0.9},
+        "experts": {"ternary_tiers": [0, 1]},
     }
 
 
