@@ -115,7 +115,8 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, KeyPlasticity, PackedTernary, Population, ReceptiveFields, RowTable, TopAny, UpMaps, Vitals,
+    DownMaps, DriftDetector, KeyPlasticity, PackedTernary, Population, ReceptiveFields, RowTable, TopAny, UpMaps,
+    Vitals,
 )  # fmt: skip
 
 

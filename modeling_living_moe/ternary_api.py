@@ -197,10 +197,8 @@ class TernaryMixin:
         every_layer = list(range(len(self.living_blocks)))
         if tiers is None:
             present = [tier_of(name) for block in self.living_blocks for name in block.population.slabs]
-            tiers = range(max(now.max_tier, *present) + 1)
-        asked = dataclasses.replace(
-            now, ternary_tiers=list(tiers), ternary_layers=None if layers is None else list(layers)
-        )
+            tiers = list(range(max(now.max_tier, *present) + 1))
+        asked = dataclasses.replace(now, ternary_tiers=tiers, ternary_layers=layers)
         asked.require_layers(len(every_layer))
         asked.require("ternary_tiers", bool(asked.ternary_tiers), "at least one tier")
         pairs = {(layer, tier) for layer in every_layer for tier in asked.ternary_in(layer) | now.ternary_in(layer)}

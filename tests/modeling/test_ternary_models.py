@@ -458,6 +458,7 @@ def test_a_conversion_that_fails_leaves_the_model_as_it_was(where: int, monkeypa
         ({"token_ids": IDS * 100}, ConfigurationError, "the vocabulary has 67 tokens"),
         ({"token_ids": -IDS}, ConfigurationError, "the vocabulary has 67 tokens"),
         ({"tiers": []}, ConfigurationError, "at least one tier"),
+        ({"tiers": 0}, ConfigurationError, "ternary_tiers must be a list of int, got 0"),
         ({"tiers": [9]}, ConfigurationError, r"different tiers from 0 to 3, got \[9\]"),
         ({"layers": [2]}, ConfigurationError, r"living layers 0..1, got \[2\]"),
         ({"layers": []}, ConfigurationError, "different living layers"),
@@ -540,6 +541,27 @@ def test_packing_changes_no_bit_of_any_output(preset: str, dtype: torch.dtype) -
     assert torch.equal(logits(model, IDS), before)
 
 
+@pytest.mark.parametrize(
+    ("family", "sections"),
+    [("qwen3_moe", {}), ("deepseek_v3", {}), ("mixtral", {"router": {"selection": "top_any"}})],
+    ids=["qwen3_moe", "deepseek_v3", "top_any"],
+)
+def test_every_family_and_places_that_no_expert_takes_can_be_packed(
+    family: str, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    model = living_model(family, sections=sections)
+    model.freeze_expert(0, 1)
+    reports = model.ternarize(token_ids(4, 20))
+    assert [report.slab for report in reports] == ["frozen", "trainable", "trainable"]
+    model.set_experts_implementation("eager")
+    before = logits(model, IDS)
+    model.pack_experts()
+    check_invariants(model)
+    model.save_pretrained(tmp_path)
+    for each in (model, LivingMoeForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(logits(each, IDS), before)
+
+
 def generated(model: LivingMoeForCausalLM) -> Tensor:
     return model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0)
 
@@ -584,6 +606,20 @@ def test_packed_experts_are_saved_and_loaded_bit_for_bit(options: dict[str, Any]
     for (place, slab), capacity in zip(slabs(loaded).items(), alive_counts(loaded), strict=True):
         assert slab.num_experts == capacity, f"{place} has spare slots"
     assert loaded.expert_counts == model.expert_counts and loaded.expert_uids(0) == model.expert_uids(0)
+
+
+def test_a_packed_checkpoint_loads_in_another_precision_with_its_scales_as_they_are(tmp_path: Path) -> None:
+    _, packed = packed_pair()
+    packed.save_pretrained(tmp_path)
+    loaded = LivingMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for parameter in packed.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for ours, theirs in zip(slabs(loaded).values(), slabs(packed).values(), strict=True):
+        count = ours.num_experts
+        for name, buffer in ours.named_buffers():
+            assert buffer.dtype in (torch.uint8, torch.float32)
+            assert torch.equal(buffer, theirs.get_buffer(name)[:count])
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded, IDS), logits(packed, IDS))
 
 
 def alive_counts(model: LivingMoeForCausalLM) -> list[int]:
