@@ -63,8 +63,8 @@ class TernaryMixin:
         self,
         token_ids: Tensor | None = None,
         *,
-        tiers: Sequence[int] | None = None,
-        layers: Sequence[int] | None = None,
+        tiers: list[int] | None = None,
+        layers: list[int] | None = None,
     ) -> list[SlabReport]:
         """Turn float experts into ternary ones: weights of 1.58 bits, activations of 8.
 
@@ -191,7 +191,7 @@ class TernaryMixin:
 
     # -- calibration -----------------------------------------------------------------------------------------------
 
-    def _ternary_settings(self, tiers: Sequence[int] | None, layers: Sequence[int] | None) -> ExpertsConfig:
+    def _ternary_settings(self, tiers: list[int] | None, layers: list[int] | None) -> ExpertsConfig:
         """The section `experts` as it will be."""
         now: ExpertsConfig = self.config.experts
         every_layer = list(range(len(self.living_blocks)))
