@@ -9,7 +9,7 @@ S sampled tokens, K experts per token, E alive experts, H hidden.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft
@@ -61,11 +61,11 @@ def displacement(block: LivingMoeBlock, sample: Sample, draft: LayerDraft, survi
     output_SH = served(choices_SK)
     before_SH = served(choices_SK.masked_fill(~concerned_SK, -1))
     slab, number = draft.find(survivor)
-    module = block.experts.new_slab(slab, 1).to(device, like.dtype)
-    for role, parameter in (("gate_up_proj", module.gate_up_proj), ("down_proj", module.down_proj)):
+    module: nn.Module = block.experts.new_slab(slab, 1).to(device, like.dtype)
+    for role in ("gate_up_proj", "down_proj"):
         value = draft.row_value(role, slab, number)
         assert value is not None
-        parameter.copy_(value)
+        module.get_parameter(role).copy_(value)
     weight_S1 = (weights_SK * concerned_SK).sum(dim=1, keepdim=True)
     after_SH = module(hidden_SH, torch.zeros_like(choices_SK[:, :1]), weight_S1).float()
     change_S = (after_SH - before_SH).norm(dim=1) / output_SH.norm(dim=1).clamp_min(1e-30)
