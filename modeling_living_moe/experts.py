@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.configuration.slabs import SLABS, is_frozen, tier_of
@@ -111,6 +111,35 @@ def unwrapped(module: nn.Module) -> ExpertSlab | PackedTernary:
     while (inner := getattr(module, "base_layer", None)) is not None:
         module = inner
     return module  # type: ignore[return-value]
+
+
+def needs_a_spare(slab: ExpertSlab) -> bool:
+    """Whether a slab that shares its layer with others has too few slots for "grouped_mm".
+
+    It counts tokens per slot by `torch.histc` from 0 to C - 1. For one slot that range is empty, which means the range
+    of the data: the other slabs' pairs are counted, and computed, too. Masked later, they only cost time and roundings;
+    but then a model that was saved without its spare slots is not the same to the last bit.
+    """
+    config: Any = slab.config
+    return slab.num_experts == 1 and config._experts_implementation == "grouped_mm"
+
+
+class BesideASpare:
+    """What "grouped_mm" sees of a slab with one slot: a second one, of zeros. Rows of other slabs are 2 or more."""
+
+    def __init__(self, slab: ExpertSlab, gate_up_proj: Tensor | None = None, down_proj: Tensor | None = None):
+        self._slab = slab
+        self.num_experts = 2
+        self.gate_up_proj, self.down_proj = (
+            torch.cat([weight, torch.zeros_like(weight)])
+            for weight in (
+                slab.gate_up_proj if gate_up_proj is None else gate_up_proj,
+                slab.down_proj if down_proj is None else down_proj,
+            )
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slab, name)
 
 
 class ExpertPool(nn.Module):
@@ -227,8 +256,14 @@ class ExpertPool(nn.Module):
         for name, rows_TK, elsewhere_TK in self.rows(index_TK, alive):
             slab = self.slab(name)
             # Pairs of another slab, or of none, are what expert-parallel dispatch calls sentinels: skipped.
+            module = self.get_submodule(name)
+            weights = weights_TK.masked_fill(elsewhere_TK, 0.0)
             slab._is_expert_parallel = True  # type: ignore[assignment]
-            part = self.get_submodule(name)(hidden_TH, rows_TK, weights_TK.masked_fill(elsewhere_TK, 0.0))
+            if type(module) is ExpertSlab and needs_a_spare(module):
+                grouped_mm: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+                part = grouped_mm(BesideASpare(module), hidden_TH, 2 * rows_TK, weights)
+            else:
+                part = module(hidden_TH, rows_TK, weights)
             slab._is_expert_parallel = False  # type: ignore[assignment]
             output = part if output is None else output + part
         return output

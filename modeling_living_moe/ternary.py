@@ -30,7 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.modeling_living_moe.active_experts import ACTIVE
-from living_moe.modeling_living_moe.experts import ExpertSlab
+from living_moe.modeling_living_moe.experts import BesideASpare, ExpertSlab, needs_a_spare
 from living_moe.modeling_living_moe.population import KeepsDtype
 
 if TYPE_CHECKING:
@@ -286,7 +286,11 @@ class TernarySlab(ExpertSlab):
             hit, rows_TK = _renumber(rows_TK, self.num_experts)
             if len(hit) < self.num_experts:
                 gate_up, down = gate_up.index_select(0, hit), down.index_select(0, hit)
-        quantised: Any = _QuantisedSlab(self, _fake_quantize_gate_up(gate_up), fake_quantize(down))
+        gate_up, down = _fake_quantize_gate_up(gate_up), fake_quantize(down)
+        if self._is_expert_parallel and needs_a_spare(self):
+            spare = BesideASpare(self, gate_up, down)
+            gate_up, down, rows_TK = spare.gate_up_proj, spare.down_proj, 2 * rows_TK
+        quantised: Any = _QuantisedSlab(self, gate_up, down)
         implementation = ALL_EXPERTS_FUNCTIONS[name]
         return implementation(quantised, quantize_activations(hidden_TH), rows_TK, weights_TK)
 

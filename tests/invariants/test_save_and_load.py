@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from living_moe import LivingMoeForCausalLM, LivingMoeModel
+from living_moe.configuration.slabs import tier_of
 from living_moe.modeling_living_moe.gradient_sketch import SKETCH
 
 IDS = mixed_text(3, 12)
@@ -97,7 +98,8 @@ def test_the_bytes_on_disk_are_those_of_the_living(preset: str, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     slots = {id(slot.parameter) for slot in model.slot_parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in slots)
-    experts = sum(model.expert_counts) * (3 * 64 * 256 + 64 + SKETCH)
+    members = [member for block in model.living_blocks for member in block.population.members]
+    experts = sum(3 * 64 * 256 * 4 ** tier_of(member.slab) + 64 + SKETCH for member in members)
     fields_bytes = sum(b.numel() * b.element_size() for b in model.model.fields.buffers()) if model.model.fields else 0
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size == pytest.approx(4 * (experts + rest) + fields_bytes, rel=0.01)

@@ -177,14 +177,18 @@ def set_entry(name: str, index: int, value: int) -> Callable[[dict[str, Tensor]]
     return lambda tensors: tensors[BLOCK + "population." + name].view(-1).__setitem__(index, value)
 
 
+def first_uid(tensors: dict[str, Tensor]) -> int:
+    return int(tensors[BLOCK + "population.frozen.uid"][0])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (set_entry("frozen.uid", 1, 0), "repeat"),
+        (lambda tensors: tensors[BLOCK + "population.frozen.uid"][1:].fill_(first_uid(tensors)), "repeat"),
         (set_entry("frozen.uid", 0, 9999), "exceed next_uid"),
         (set_entry("frozen.uid", 0, -1), "not a prefix"),
         (set_entry("leaf_uid", 0, 9999), "9999"),
-        (set_entry("slab_sizes", 0, 2), "slab_sizes"),
+        (set_entry("slab_sizes", 0, 99), "slab_sizes"),
         (lambda tensors: tensors[BLOCK + "population.trainable.uid"].fill_(-1), "slab_sizes|alive|top_k|leaves"),
     ],
     ids=["same uid twice", "uid never given", "hole", "leaf of nobody", "sizes", "nobody alive"],
