@@ -34,8 +34,8 @@ SHOWN = (
 )  # fmt: skip
 #: Columns that average what is measured now and then, and the column that counts the measurements.
 COUNTED_BY = {
-    "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "conflict_cos": "compared",
-    "conflict_magnitude": "compared", "sketch": "compared",
+    "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "loss_noise": "credited",
+    "conflict_cos": "compared", "conflict_magnitude": "compared", "sketch": "compared",
 }  # fmt: skip
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
@@ -82,6 +82,8 @@ class VitalsTable(RowTable):
         "loss_fast": (torch.float32, 0.0),
         "loss_slow": (torch.float32, 0.0),
         "credited": (torch.int64, 0),
+        # Moving average of a measurement's squared distance from the slow average, nats squared: what chance does.
+        "loss_noise": (torch.float32, 0.0),
         # Moving averages of how its gradient compares with its running mean, the gradients read, that mean's sketch.
         "conflict_cos": (torch.float32, 0.0),
         "conflict_magnitude": (torch.float32, 0.0),
@@ -104,6 +106,7 @@ class VitalsTable(RowTable):
     loss_fast: Tensor
     loss_slow: Tensor
     credited: Tensor
+    loss_noise: Tensor
     conflict_cos: Tensor
     conflict_magnitude: Tensor
     compared: Tensor
@@ -329,6 +332,10 @@ class Vitals(KeepsDtype):
         ):
             value = (signals[row] / signals[row + 1].clamp_min(torch.finfo(torch.float32).tiny)).float()
             seen = signals[row + 1] > 0
+            if row == 2:
+                distance = (value - table.loss_slow[:count]).square()
+                # The first measurement has nothing to be compared with.
+                _average(table, "loss_noise", distance, seen & (table.credited[:count] > 0), self.slow_decay, late=1)
             for name, decay in decays.items():
                 _average(table, name, value, seen, decay)
             getattr(table, COUNTED_BY[next(iter(decays))])[:count] += seen

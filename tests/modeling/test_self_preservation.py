@@ -164,6 +164,16 @@ def test_who_was_frozen_by_hand_or_by_a_graft_never_thaws_of_itself() -> None:
     assert proposed(model, around=around) == []
 
 
+def test_what_chance_does_to_an_average_of_few_tokens_is_no_sign() -> None:
+    model = model_with()
+    # The fast average of measurements of variance v has the variance v (1 - 0.9) / (1 + 0.9).
+    set_vitals(model, 3, **CANNIBALISED, loss_noise=19 * (0.25 / 3) ** 2)
+    assert proposed(model) == []
+    assert kinds(proposed(model, vigilance=1.5)) == [("preserve", 3)]
+    set_vitals(model, 3, loss_noise=19 * (0.19 / 3) ** 2)
+    assert kinds(proposed(model)) == [("preserve", 3)]
+
+
 # -- what a merge would change -----------------------------------------------------------------------------------------
 
 

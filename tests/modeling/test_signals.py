@@ -274,16 +274,19 @@ def folded(vitals: Vitals, signals: list[list[float]]) -> None:
 def test_averages_are_over_the_steps_that_brought_something_and_start_unbiased() -> None:
     vitals = Vitals({"trainable": 2}, decay=0.5, fast_decay=0.5, slow_decay=0.75)
     table = vitals.table("trainable")
-    fast = slow = pull = 0.0
+    fast = slow = pull = noise = 0.0
     losses = [3.0, 1.0, 2.0, 5.0, 5.0, 4.0]
     for step, loss in enumerate(losses):
         folded(vitals, [[loss, 0.0], [2.0, 0.0], [loss * 0.5, 0.0], [0.5, 0.0]])
         folded(vitals, [[0.0, 0.0]] * 4)
         fast = sum(losses[: step + 1]) / (step + 1) if step < 2 else 0.5 * fast + 0.5 * loss
+        squares = (loss - slow) ** 2
+        noise = 0.0 if not step else noise + (squares - noise) * max(1 / step, 0.25)
         slow = sum(losses[: step + 1]) / (step + 1) if step < 4 else 0.75 * slow + 0.25 * loss
         pull = sum(losses[: step + 1]) / (step + 1) / 2 if step < 2 else 0.5 * pull + 0.25 * loss
         assert float(table.loss_fast[0]) == pytest.approx(fast, abs=1e-5)
         assert float(table.loss_slow[0]) == pytest.approx(slow, abs=1e-5)
+        assert float(table.loss_noise[0]) == pytest.approx(noise, abs=1e-5)
         assert float(table.interference[0]) == pytest.approx(pull, abs=1e-5)
     assert float(table.divergence[0]) == pytest.approx(fast - slow, abs=1e-5)
     assert table.credited.tolist() == table.sampled.tolist() == [6, 0]

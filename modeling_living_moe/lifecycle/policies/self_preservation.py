@@ -2,8 +2,9 @@
 
 The rules of MicroExperts on top of the policy `load` (overload splits, starvation kills):
 
-- **Preserve.** An expert is being cannibalised when its tokens' loss rises (fast average above the slow one) and others
-  pull the mixture away from what it says (interference), or its gradients run against their own direction (conflict).
+- **Preserve.** An expert is being cannibalised when its tokens' loss rises (the fast average is above the slow one by
+  more than chance makes it) and others pull the mixture away from what it says (interference), or its gradients run
+  against their own direction (conflict).
   It splits: the preserver keeps its weights and is frozen for a time in proportion to its load; the adapter takes the
   gradients. While the data shift (`Circumstances.vigilance`), smaller signs are enough.
 - **Thaw.** A preserver whose time is over thaws once the data have settled.
@@ -40,6 +41,8 @@ from living_moe.modeling_living_moe.vitals import Sample
 
 #: A preserver stays frozen at most this many times `lifecycle.preserve_steps`, at least a quarter of it.
 LONGEST, SHORTEST = 4.0, 0.25
+#: Standard errors by which a loss must have risen.
+CERTAINTY = 3.0
 #: Preserving comes before growing, and both before consolidation.
 PRESERVE_URGENCY, MERGE_URGENCY, THAW_URGENCY = 100.0, 0.1, 0.01
 #: Pairs of a layer whose merge is tried on the sample at each decision, the most coactive or weakest first.
@@ -65,7 +68,10 @@ def _preserve(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances
         table, row = block.vitals.table(member.slab), member.row
         divergence = float(table.loss_fast[row] - table.loss_slow[row])
         interference, conflict = float(table.interference[row]), float(table.conflict_cos[row])
-        threshold = config.split_divergence / now.vigilance
+        # A fast average is one of few measurements, of few tokens each: it must rise by more than chance makes it.
+        decay = block.vitals.fast_decay
+        chance = CERTAINTY * float(table.loss_noise[row] * (1 - decay) / (1 + decay)) ** 0.5
+        threshold = max(config.split_divergence, chance) / now.vigilance
         attacked = (
             interference > config.split_interference / now.vigilance or conflict < config.split_conflict / now.vigilance
         )
@@ -82,7 +88,7 @@ def _preserve(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances
                 "preserve",
                 block.layer,
                 (member.uid,),
-                Reason("divergence", round(divergence, 6), threshold),
+                Reason("divergence", round(divergence, 6), round(threshold, 6)),
                 PRESERVE_URGENCY + divergence,
                 added_bytes=block.experts.bytes_per_expert(member.slab),
                 frozen_until=now.around.step + round(config.preserve_steps * importance),
