@@ -36,9 +36,16 @@ PRESETS: dict[str, Preset] = {
                 "experts": {"freeze_pretrained": True},
                 "trainable": dict.fromkeys(TrainableConfig.field_names(), False) | {"keys": True},
                 "receptive_field": {"enabled": True},
-                # A birth cannot hurt the old function and nothing is learned before it: whole layers may give birth at
-                # once, and need no rest.
-                "lifecycle": {"max_events_per_step": 64, "cooldown_steps": 0},
+                "lifecycle": {
+                    "policy": "self_preservation",
+                    # A birth cannot hurt the old function and nothing is learned before it: whole layers may give birth
+                    # at once, and need no rest.
+                    "max_events_per_step": 64,
+                    "cooldown_steps": 0,
+                    # Old experts are in demand by new text and give birth for that. More splits within a field have won
+                    # nothing (`benchmarks/continual.py`).
+                    "split_load": 4.0,
+                },
             },
         ),
         Preset(
