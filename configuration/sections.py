@@ -271,7 +271,7 @@ class VitalsConfig(Section):
     decay: float = 0.9
     #: Optimizer steps between readings of the experts' gradients, of their norms and their conflict with earlier ones
     #: (each reads every gradient once); 0 is never.
-    grad_norm_every: int = 10
+    grad_norm_every: int = 50
     #: Optimizer steps between samples of tokens for interference and credited loss; 0 is never.
     signals_every: int = 10
     #: Tokens sampled per layer and forward pass of such a step, on each rank.
