@@ -262,12 +262,13 @@ def shift_table(rows: list[tuple[Cell, Result]]) -> str:
 
 
 def cost(rounds: int) -> str:
-    """Consolidation against the forward pass it follows, in this process: hidden 256, 4 layers, top-2, 2,048 tokens."""
+    """Consolidation against the forward pass it follows, in this process: 4 layers, top-2, 2,048 tokens."""
     tune_malloc()
     lines = []
-    for experts in (8, 64, 256):
+    for hidden, experts in ((256, 8), (256, 64), (256, 256), (512, 64), (1024, 64)):
         backbone = MixtralConfig(
-            vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+            vocab_size=1024, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4,
+            num_attention_heads=8,
             num_key_value_heads=8, num_local_experts=experts, num_experts_per_tok=2, max_position_embeddings=256,
         )  # fmt: skip
         torch.manual_seed(0)
@@ -286,8 +287,8 @@ def cost(rounds: int) -> str:
                 passes.append(read - started)
                 moves.append(time.perf_counter() - read)
         forward, moved = (statistics.median(times[1:]) * 1e3 for times in (passes, moves))
-        lines.append([str(experts), f"{forward:.1f}", f"{moved:.2f}", f"{moved / forward:.2%}"])
-    header = ["experts", "forward ms", "consolidation ms", "ratio"]
+        lines.append([str(hidden), str(experts), f"{forward:.1f}", f"{moved:.2f}", f"{moved / forward:.2%}"])
+    header = ["hidden", "experts", "forward ms", "consolidation ms", "ratio"]
     return f"## cost\n\n{machine()}, medians of {rounds} rounds.\n\n{markdown_table(header, lines)}"
 
 
