@@ -79,6 +79,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def section(name: str, what: str, seeds: Sequence[int], table: str) -> str:
+    """One experiment's part of a report: what it was run on, and its table."""
+    return f"## {name}\n\n{what}, seeds {list(seeds)}, mean ± standard deviation. {machine()}.\n\n{table}"
+
+
+def text_name(file: str | None) -> str:
+    """What a text is called in a report: the folder it lies in."""
+    return Path(file).parent.name if file else "the interpreter's own"
+
+
 def machine() -> str:
     """What a table was measured on."""
     return f"{platform.processor() or platform.machine()}, one thread a cell, torch {torch.__version__}"

@@ -25,7 +25,7 @@ others start from the same sparse base:
 - *joint* learns from scratch, on the blocks of all stages shuffled;
 - *living* is `convert(base, preset="frozen-graft")`, calibrated on the first domain. It reads the stream without labels
   of domains and with one optimizer; its ablations leave out the deltas (both, those on attention, that on the head),
-  or the births.
+  or the births; one lets newborns split for load inside their fields as the preset `grow` does.
 
 Metrics, in nats per token of held-out text. R[i][j] is the loss on domain j after stage i, T the last stage, b[j] the
 loss of the untrained model.
@@ -101,6 +101,7 @@ LIVING: dict[str, dict[str, dict[str, Any]]] = {
     "living, no attention deltas": {"receptive_field": {"attention_rank": 0}},
     "living, no head delta": {"receptive_field": {"head_rank": 0}},
     "living, no births": {"lifecycle": {"enabled": False}},
+    "living, splits in fields": {"lifecycle": {"split_load": 1.6}},
 }
 
 

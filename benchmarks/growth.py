@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell, Result, machine, markdown_table, mean_and_deviation, run_cells
+from cells import Cell, Result, markdown_table, mean_and_deviation, run_cells, section, text_name
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -228,12 +228,8 @@ def main() -> None:
             cells = [{**common, "steps": options.long, "seed": seed} for seed in options.seeds]
             rows = run_cells(cells, stationary, RESULTS / "growth.jsonl", workers=options.workers)
             table = stationary_table(rows)
-        name = Path(options.text).parent.name if options.text else "the interpreter's own"
-        steps = cells[0]["steps"]
-        parts.append(
-            f"## {experiment}\n\nText: {name}. {steps} steps of {BATCH} x {BLOCK} tokens, seeds {options.seeds}, "
-            f"mean ± standard deviation. {machine()}.\n\n{table}"
-        )
+        what = f"Text: {text_name(options.text)}. {cells[0]['steps']} steps of {BATCH} x {BLOCK} tokens"
+        parts.append(section(experiment, what, options.seeds, table))
         print(parts[-1], flush=True)
     if options.save:
         (RESULTS / "growth.md").write_text("# Growth\n\n" + "\n\n".join(parts) + "\n")

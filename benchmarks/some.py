@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell, Result, machine, markdown_table, mean_and_deviation, run_cells
+from cells import Cell, Result, machine, markdown_table, mean_and_deviation, run_cells, section, text_name
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import MixtralConfig
@@ -334,13 +334,9 @@ def main() -> None:
             if options.arms is None or arm in options.arms
         ]
         rows = run_cells(cells, function, path, workers=options.workers)
-        names = [
-            Path(name).parent.name if name else "the interpreter's own" for name in (options.first, options.second)
-        ]
-        parts.append(
-            f"## {experiment}\n\nTexts: {names[0]}, {names[1]}. {options.steps} steps of {BATCH} x {BLOCK} tokens, "
-            f"seeds {options.seeds}, mean ± standard deviation. {machine()}.\n\n{table(rows)}"
-        )
+        names = f"{text_name(options.first)}, {text_name(options.second)}"
+        what = f"Texts: {names}. {options.steps} steps of {BATCH} x {BLOCK} tokens"
+        parts.append(section(experiment, what, options.seeds, table(rows)))
         print(parts[-1], flush=True)
     if options.save:
         (RESULTS / "some.md").write_text("# SOME\n\n" + "\n\n".join(parts) + "\n")
