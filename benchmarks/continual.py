@@ -768,7 +768,7 @@ def parse_domain(value: str) -> tuple[str, str]:
 def settings_digest(profile: Profile) -> str:
     """Tells results of other settings apart."""
     scale = {name: value for name, value in asdict(profile).items() if name not in ("seeds", "orders")}
-    constants = [TOP_K, OPTIMIZER, LOW_RATE, REPLAY_SHARE, EWC_STRENGTH, LORA_RANK, LORA_HEAD_RANK, IN_USE, LIVING]
+    constants = [TOP_K, OPTIMIZER, LOW_RATE, REPLAY_SHARE, EWC_STRENGTH, LORA_RANK, LORA_HEAD_RANK, IN_USE]
     return hashlib.sha256(json.dumps([scale, constants], sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -799,7 +799,9 @@ def main() -> None:
     path = RESULTS / "continual.jsonl"
     bases = [{**life, "base": kind} for life in lives for kind in sorted(kinds)]
     run_cells(bases, run_base, path, workers=options.workers)
-    cells = [{**life, "arm": arm} for life in lives for arm in ARMS if arm in options.arms]
+    # An arm of the living model is told apart by its own settings, so that a new arm leaves the others known.
+    arms = [{"arm": arm} | ({"config": LIVING[arm]} if arm in LIVING else {}) for arm in ARMS if arm in options.arms]
+    cells = [{**life, **arm} for life in lives for arm in arms]
     rows = run_cells(cells, run_arm, path, workers=options.workers)
 
     sizes, last = profile.sizes, len(sources) - 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from living_moe.configuration.errors import ConfigurationError, PopulationError
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.plasticity.gravity import consolidate
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 
 
@@ -72,9 +73,15 @@ class PlasticityMixin:
         A collective: every rank calls it.
         """
         forces = self._life._forces or self.config.plasticity  # type: ignore[attr-defined]
+        plastic: dict[torch.device, list[tuple[LivingMoeBlock, KeyPlasticity]]] = {}
         for block in self.living_blocks:
             if block.plasticity is not None:
-                block.plasticity.consolidate(block.router.keys, block.population, forces)
+                plastic.setdefault(block.population.next_uid.device, []).append((block, block.plasticity))
+        for layers in plastic.values():
+            before = [memory.read(block.router.keys, block.population) for block, memory in layers]
+            after = consolidate(before, [memory.take_evidence() for _, memory in layers], forces)
+            for (block, memory), moved in zip(layers, after, strict=True):
+                memory.write(moved, block.router.keys, block.population)
 
     def forget_evidence(self) -> None:
         """Drop what was read since the last consolidation."""

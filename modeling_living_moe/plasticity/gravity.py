@@ -1,4 +1,4 @@
-"""Knowledge gravity of one layer: how a step of routing moves the keys.
+"""Knowledge gravity: how a step of routing moves the keys of all layers.
 
 From the self-organizing mixture of experts (SOME): a query pulls the keys of the experts it reached, experts that
 served one token pull each other, both the less the more an expert has been used (its mass), and dark energy keeps the
@@ -9,15 +9,20 @@ A hit is an expert serving a token. Each is an affine map of the key, so the hit
 hit weighs its own share times what later hits leave of it, a suffix product, which is a sum of logarithms over the
 pairs sorted by expert. `reference_consolidate` is the same step, hit by hit.
 
-T tokens in hit order, K places per token, P = T * K pairs, E experts in slot order, D length of a key, F = 2 forces
-(query pull, peer pull).
+A step is some eighty small operations, which would take longer than the arithmetic if each layer had its own. So the
+pairs of all layers are sorted and weighed together: every layer has a place of its own for pairs that do not count,
+hence as many sorted pairs as tokens x K, and its part of them is known without waiting for the device.
+
+T tokens in hit order, K places per token, P = T * K pairs, E experts of a layer in slot order, D length of a key,
+F = 2 forces (query pull, peer pull), S places: each layer's experts, then one for what does not count. T and P are over
+all layers, layer by layer, where nothing else is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, combinations
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +34,7 @@ from living_moe.modeling_living_moe.distributed import gather_tensors, rank, sum
 
 @dataclass(frozen=True)
 class Evidence:
-    """Who served which query, on one rank, in one step.
+    """Who served which query, in one layer, on one rank, in one step.
 
     Attributes:
         query_TD: Queries in hit order, any float dtype.
@@ -42,60 +47,129 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class LayerKeys:
+    """The keys of one layer and their past.
+
+    Attributes:
+        keys_ED: Keys, any float dtype; shape (E, D).
+        start_ED: Where they started; decay may lead back there.
+        hits_E: int64, hits of each expert so far.
+        load_E: fp32, moving average of hits as multiples of the uniform share.
+        uid_E: int64, identities; coincident keys part in directions drawn from them.
+    """
+
+    keys_ED: Tensor
+    start_ED: Tensor
+    hits_E: Tensor
+    load_E: Tensor
+    uid_E: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence[LayerKeys]) -> LayerKeys:
+        """The slabs of a layer, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+@dataclass(frozen=True)
+class LayerSpan:
+    """Where one layer's part lies: its `experts` places from `place` on, its tokens, its sorted pairs."""
+
+    experts: int
+    place: int
+    tokens: slice
+    pairs: slice
+
+
+@dataclass(frozen=True)
 class Hits:
-    """The pairs of a step, sorted by expert, and in hit order for each expert.
+    """The pairs of a step, sorted by place, and in hit order at each.
 
     Attributes:
         token_P: The token of each pair.
-        expert_P: Its expert; E for pairs that do not count, which come last.
-        bounds: (E + 1,), where the pairs of each expert begin, then where those that do not count begin.
+        place_P: Its expert's place, or the last of its layer if it does not count.
+        bounds: (S + 1,), where the pairs of each place begin, then their number.
         peers_P: How many other experts served the token.
+        layers: Where the part of each layer lies.
     """
 
     token_P: Tensor
-    expert_P: Tensor
+    place_P: Tensor
     bounds: Tensor
     peers_P: Tensor
+    layers: list[LayerSpan]
 
     @property
-    def count_E(self) -> Tensor:
+    def count_S(self) -> Tensor:
         return self.bounds.diff()
 
-    def sums(self, values_FP: Tensor) -> tuple[Tensor, Tensor]:
-        """Per expert (F, E), and for each pair over the later pairs of its expert (F, P)."""
-        total_FP = values_FP.cumsum(-1)
-        until_FE = F.pad(total_FP, (1, 0))[:, self.bounds]
-        return until_FE.diff(dim=-1), F.pad(until_FE[:, 1:], (0, 1))[:, self.expert_P] - total_FP
+    def sums(self, values_P: Tensor) -> Tensor:
+        """Per place, (S,)."""
+        return F.pad(values_P.cumsum(0), (1, 0)).index_select(0, self.bounds).diff()
 
-    def weighted(self, vectors_TD: Tensor, weight_P: Tensor) -> Tensor:
-        """Per expert the weighted sum of its tokens' vectors, (E, D)."""
-        # The last bag, of what does not count, is dropped.
-        return F.embedding_bag(
-            self.token_P, vectors_TD, self.bounds, mode="sum", per_sample_weights=weight_P.to(vectors_TD.dtype)
-        )[:-1]
+    def sums_and_later(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Per place (S,), and for each pair over the later pairs of its place (P,)."""
+        until_P = values_P.cumsum(0)
+        ends_S = F.pad(until_P, (1, 0)).index_select(0, self.bounds)
+        return ends_S.diff(), ends_S[1:].index_select(0, self.place_P) - until_P
 
-    def weighted_company(self, keys_ED: Tensor, index_TK: Tensor, weight_P: Tensor) -> Tensor:
-        """Per expert the weighted sum, over its tokens, of the sum of all the token's keys, (E, D)."""
-        num_experts, width = keys_ED.shape
-        index_TK = index_TK.where(index_TK >= 0, num_experts)
-        if num_experts < width:
-            # Fewer numbers per token: who was there. The keys are multiplied in after the sum over tokens.
-            there_TE = keys_ED.new_zeros(len(index_TK), num_experts + 1).scatter_(1, index_TK, 1.0)
-            return self.weighted(there_TE, weight_P)[:, :-1] @ keys_ED
-        return self.weighted(F.embedding_bag(index_TK, F.pad(keys_ED, (0, 0, 0, 1)), mode="sum"), weight_P)
+    def weighted(self, vectors: Sequence[Tensor], weight_P: Tensor) -> Tensor:
+        """Per place the weighted sum of its tokens' vectors, (S, D); zero for what does not count.
+
+        Args:
+            vectors: One per token, (tokens of the layer, D), for each layer: queries are large and stay where they are.
+        """
+        weight_P = weight_P.to(vectors[0].dtype)
+        sums = []
+        for span, vectors_TD in zip(self.layers, vectors, strict=True):
+            bags = F.embedding_bag(
+                self.token_P[span.pairs] - span.tokens.start,
+                vectors_TD,
+                self.bounds[span.place : span.place + span.experts + 1] - span.pairs.start,
+                mode="sum",
+                per_sample_weights=weight_P[span.pairs],
+            )
+            bags[-1] = 0.0
+            sums.append(bags)
+        return torch.cat(sums)
+
+    def weighted_company(self, keys_SD: Tensor, indices: Sequence[Tensor], weight_P: Tensor) -> Tensor:
+        """Per place the weighted sum, over its tokens, of the sum of all the token's keys, (S, D)."""
+        keys = [keys_SD[span.place : span.place + span.experts + 1] for span in self.layers]
+        indices = [
+            torch.where(index_TK >= 0, index_TK, span.experts)
+            for span, index_TK in zip(self.layers, indices, strict=True)
+        ]
+        width = max(len(keys_ED) for keys_ED in keys)
+        if width > keys_SD.shape[1]:
+            company = [F.embedding_bag(*pair, mode="sum") for pair in zip(indices, keys, strict=True)]
+            return self.weighted(company, weight_P)
+        # Few experts: how much each weighs for each, then one product with the keys.
+        with_PK = torch.cat(indices).index_select(0, self.token_P)
+        bond_SE = keys_SD.new_zeros(len(keys_SD), width)
+        add_at(
+            bond_SE.view(-1),
+            (self.place_P.unsqueeze(1) * width + with_PK).view(-1),
+            weight_P.to(bond_SE.dtype).unsqueeze(1).expand_as(with_PK).reshape(-1),
+        )
+        bonds = bond_SE.split([len(keys_ED) for keys_ED in keys])
+        return torch.cat([mine[:, : len(keys_ED)] @ keys_ED for mine, keys_ED in zip(bonds, keys, strict=True)])
+
+
+def add_at(sums_N: Tensor, index_M: Tensor, values_M: Tensor) -> None:
+    """`sums[index] += values`, in an order that is the same each time."""
+    if sums_N.device.type == "cpu":
+        # In one dimension this is a plain loop; index_put_ would divide it among threads.
+        sums_N.scatter_add_(0, index_M, values_M)
+    else:
+        # Sorts by index first; scatter_add_ would add atomically.
+        sums_N.index_put_((index_M,), values_M, accumulate=True)
 
 
 @torch.no_grad()
 def consolidate(
-    keys_ED: Tensor,
-    start_ED: Tensor,
-    hits_E: Tensor,
-    load_E: Tensor,
-    uid_E: Tensor,
-    evidence: Sequence[Evidence],
-    config: PlasticityConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the keys of one layer by what its experts served in one step.
+    layers: Sequence[LayerKeys], evidence: Sequence[Sequence[Evidence]], config: PlasticityConfig
+) -> list[LayerKeys]:
+    """Move the keys of every layer by what its experts served in one step.
 
     In this order: in hit order, each query pulls the keys it reached, `k += a (q - k)`; then, in token order, the m
     other experts of a token pull each of its experts, from where they were before the step: they decay its key by
@@ -107,29 +181,34 @@ def consolidate(
     process with the evidence of all ranks in rank order.
 
     Args:
-        keys_ED: Keys, any float dtype; shape (E, D).
-        start_ED: Where they started; decay may lead back there.
-        hits_E: int64, hits of each expert so far.
-        load_E: fp32, moving average of hits as multiples of the uniform share.
-        uid_E: int64, identities; coincident keys part in directions drawn from them.
-        evidence: This rank's evidence, in order; the same K in all of it.
+        layers: All on one device, of one D.
+        evidence: For each layer this rank's evidence, in order.
         config: Forces and rates.
 
     Returns:
-        New keys in their dtype, new hits, new load. The arguments are left as they are.
+        The layers with new keys in their dtype, new hits, new load. The arguments are left as they are.
     """
-    keys = keys_ED.float()
-    query_TD, index_TK = join(evidence, keys)
-    hits = sort_pairs(index_TK, keys.shape[0])
-    counts = gather_tensors(hits.count_E)
+    keys_SD = in_places([layer.keys_ED.float() for layer in layers])
+    queries, indices = join(layers, evidence)
+    hits = sort_pairs(indices, [len(layer.keys_ED) for layer in layers])
+    counts = gather_tensors(hits.count_S)
+    moved_SD = keys_SD
     if alpha_of(config) or beta_of(config):
-        earlier_E = hits_E + sum(counts[: rank()])
-        keys = keys + pull(keys, query_TD, index_TK, hits, usage(hits, earlier_E, load_E, config), config)
-    new_E = torch.stack(counts).sum(dim=0)
-    load = update_load(load_E, new_E, config)
-    if config.use_decay:
-        keys = dark_energy(keys, start_ED, load, uid_E, config)
-    return (keys.clone() if keys is keys_ED else keys.to(keys_ED.dtype)), hits_E + new_E, load
+        hits_S, load_S = in_places([layer.hits_E for layer in layers]), in_places([layer.load_E for layer in layers])
+        mass_P = mass(hits, hits_S + sum(counts[: rank()]), load_S, config)
+        moved_SD = keys_SD + pull(keys_SD, queries, indices, hits, mass_P, config)
+    new_S = torch.stack(counts).sum(dim=0)
+    result = []
+    for layer, span in zip(layers, hits.layers, strict=True):
+        mine = slice(span.place, span.place + span.experts)
+        keys_ED, new_E = moved_SD[mine], new_S[mine]
+        load_E = update_load(layer.load_E, new_E, config)
+        if config.use_decay:
+            keys_ED = dark_energy(keys_ED, layer.start_ED, load_E, layer.uid_E, config)
+        result.append(
+            replace(layer, keys_ED=keys_ED.to(layer.keys_ED.dtype), hits_E=layer.hits_E + new_E, load_E=load_E)
+        )
+    return result
 
 
 def alpha_of(config: PlasticityConfig) -> float:
@@ -140,78 +219,118 @@ def beta_of(config: PlasticityConfig) -> float:
     return config.beta if config.use_beta else 0.0
 
 
-def join(evidence: Sequence[Evidence], keys_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """All queries (T, D), fp32, and all indices (T, K)."""
-    if not evidence:
-        return keys_ED.new_zeros(0, keys_ED.shape[1]), torch.zeros(0, 1, dtype=torch.int64, device=keys_ED.device)
-    if len(evidence) == 1:
-        return evidence[0].query_TD.detach().float(), evidence[0].index_TK
-    return (
-        torch.cat([piece.query_TD.detach().float() for piece in evidence]),
-        torch.cat([piece.index_TK for piece in evidence]),
+def in_places(columns: Sequence[Tensor]) -> Tensor:
+    """Each layer's rows (E, ...), then a zero for what does not count: (S, ...)."""
+    nothing = torch.zeros_like(columns[0][:1])
+    return torch.cat([part for column in columns for part in (column, nothing)])
+
+
+def join(layers: Sequence[LayerKeys], evidence: Sequence[Sequence[Evidence]]) -> tuple[list[Tensor], list[Tensor]]:
+    """For each layer all its queries (T, D), fp32, and indices (T, K), K the largest of any layer."""
+    top_k = max((piece.index_TK.shape[1] for pieces in evidence for piece in pieces), default=1)
+    queries, indices = [], []
+    for layer, pieces in zip(layers, evidence, strict=True):
+        width, device = layer.keys_ED.shape[1], layer.keys_ED.device
+        query_TD = [piece.query_TD.detach().float() for piece in pieces] or [torch.zeros(0, width, device=device)]
+        index_TK = [piece.index_TK for piece in pieces] or [torch.zeros(0, top_k, dtype=torch.int64, device=device)]
+        if any(part.shape[1] < top_k for part in index_TK):
+            index_TK = [F.pad(part, (0, top_k - part.shape[1]), value=-1) for part in index_TK]
+        queries.append(query_TD[0] if len(query_TD) == 1 else torch.cat(query_TD))
+        indices.append(index_TK[0] if len(index_TK) == 1 else torch.cat(index_TK))
+    return queries, indices
+
+
+def sort_pairs(indices: list[Tensor], num_experts: Sequence[int]) -> Hits:
+    """The pairs of all layers. `indices`: (T, K) of each layer, the same K in all."""
+    places = list(accumulate((experts + 1 for experts in num_experts), initial=0))
+    tokens = list(accumulate((len(index_TK) for index_TK in indices), initial=0))
+    pairs = list(accumulate((index_TK.numel() for index_TK in indices), initial=0))
+    layers = [
+        LayerSpan(num_experts[i], places[i], slice(*tokens[i : i + 2]), slice(*pairs[i : i + 2]))
+        for i in range(len(indices))
+    ]
+    unsorted_P = torch.cat(
+        [
+            torch.where(index_TK >= 0, index_TK + span.place, span.place + span.experts).flatten()
+            for span, index_TK in zip(layers, indices, strict=True)
+        ]
     )
+    order_P = stable_order(unsorted_P, places[-1])
+    place_P = unsorted_P.index_select(0, order_P)
+    token_P = order_P.div(indices[0].shape[1], rounding_mode="floor")
+    peers_T = ((torch.cat(indices) >= 0).sum(dim=1) - 1).clamp(min=0)
+    bounds = torch.searchsorted(place_P, torch.arange(places[-1] + 1, device=place_P.device))
+    return Hits(token_P, place_P, bounds, peers_T.index_select(0, token_P), layers)
 
 
-def sort_pairs(index_TK: Tensor, num_experts: int) -> Hits:
-    counts_TK = index_TK >= 0
-    expert_P, order_P = torch.where(counts_TK, index_TK, num_experts).flatten().sort(stable=True)
-    token_P = order_P.div(index_TK.shape[1], rounding_mode="floor")
-    peers_T = (counts_TK.sum(dim=1) - 1).clamp(min=0)
-    experts = torch.arange(num_experts + 1, device=index_TK.device)
-    return Hits(token_P, expert_P, torch.searchsorted(expert_P, experts), peers_T[token_P])
+def stable_order(values_N: Tensor, bound: int) -> Tensor:
+    """The permutation that sorts values in [0, bound), equal ones in the order they have."""
+    if values_N.device.type == "cpu" and bound <= 2**16:
+        # NumPy has a radix sort for 16 bits: a sixth of the time of torch's.
+        return torch.from_numpy(values_N.to(torch.uint16).numpy().argsort(kind="stable"))
+    return values_N.argsort(stable=True)
 
 
-def usage(hits: Hits, earlier_E: Tensor, load_E: Tensor, config: PlasticityConfig) -> Tensor:
-    """The usage of its expert before each pair, fp64 (P,). `earlier_E`: its hits before those of this rank."""
+def mass(hits: Hits, earlier_S: Tensor, load_S: Tensor, config: PlasticityConfig) -> Tensor:
+    """One more than the usage of its expert before each pair, fp64 (P,).
+
+    Args:
+        earlier_S: Hits before those of this rank.
+    """
     if not config.use_inertia:
-        return torch.zeros_like(hits.expert_P, dtype=torch.float64)
+        return torch.ones_like(hits.place_P, dtype=torch.float64)
     if config.usage == "ema":
-        return F.pad(load_E, (0, 1))[hits.expert_P].double()
-    first_E = F.pad(earlier_E - hits.bounds[:-1], (0, 1))
-    return (first_E[hits.expert_P] + torch.arange(len(hits.expert_P), device=first_E.device)).double()
+        return (1 + load_S.double()).index_select(0, hits.place_P)
+    first_S = 1 + earlier_S - hits.bounds[:-1]
+    rank_P = torch.arange(len(hits.place_P), device=first_S.device)
+    return (first_S.index_select(0, hits.place_P) + rank_P).double()
 
 
 def pull(
-    keys_ED: Tensor, query_TD: Tensor, index_TK: Tensor, hits: Hits, usage_P: Tensor, config: PlasticityConfig
+    keys_SD: Tensor,
+    queries: Sequence[Tensor],
+    indices: list[Tensor],
+    hits: Hits,
+    mass_P: Tensor,
+    config: PlasticityConfig,
 ) -> Tensor:
-    """How far the queries and then the peers, on all ranks, pull each key: (E, D)."""
-    mass_P = 1 + usage_P
-    query_rate_P, length_T = alpha_of(config) / mass_P, None
+    """How far the queries and then the peers, on all ranks, pull each key: (S, D)."""
+    query_rate_P, length_P = alpha_of(config) / mass_P, None
     if config.pull == "direction":
-        length_T = torch.linalg.vector_norm(query_TD, dim=1)
-        query_rate_P = query_rate_P * (length_T > 0)[hits.token_P]
+        length_T = torch.cat([torch.linalg.vector_norm(query_TD, dim=1) for query_TD in queries])
+        length_P = length_T.index_select(0, hits.token_P)
+        query_rate_P = query_rate_P * (length_P > 0)
     # What a hit leaves of the key it finds, as a logarithm: 1 - a of a query, (1 - b)^m of m peers together.
-    left_FP = torch.stack([torch.log1p(-query_rate_P), torch.log1p(-beta_of(config) / mass_P) * hits.peers_P])
-    left_FE, later_FP = hits.sums(left_FP)
-    weight_FP = -torch.expm1(left_FP) * later_FP.exp()
+    peer_left_P = torch.log1p(-beta_of(config) / mass_P) * hits.peers_P
+    query_left_S, query_later_P = hits.sums_and_later(torch.log1p(-query_rate_P))
+    peer_left_S, peer_later_P = hits.sums_and_later(peer_left_P)
 
-    left_RFE = torch.stack(gather_tensors(left_FE))
-    query_E, peer_E = left_RFE[rank() + 1 :].sum(dim=0).exp()
-    total_query_E, total_peer_E = left_RFE.sum(dim=0)
+    left_RFS = torch.stack(gather_tensors(torch.stack([query_left_S, peer_left_S])))
+    query_S, peer_S = left_RFS[rank() + 1 :].sum(dim=0).exp()
+    total_query_S, total_peer_S = left_RFS.sum(dim=0)
 
-    pulled_ED = torch.zeros_like(keys_ED)
+    pulled_SD, held_S = torch.zeros_like(keys_SD), torch.zeros_like(query_S)
     if alpha_of(config):
-        weight_P, scale_E = weight_FP[0], query_E * total_peer_E.exp()
-        if length_T is not None:
+        weight_P, scale_S = query_rate_P * query_later_P.exp(), query_S * total_peer_S.exp()
+        if length_P is not None:
             # A pair of a query without a length weighs nothing, so what it is divided by does not matter.
-            weight_P = weight_P / torch.where(length_T > 0, length_T, 1.0)[hits.token_P]
-            scale_E = scale_E * torch.linalg.vector_norm(keys_ED, dim=1)
-        pulled_ED += hits.weighted(query_TD, weight_P) * scale_E.float().unsqueeze(1)
+            weight_P = weight_P / torch.where(length_P > 0, length_P, 1.0)
+            scale_S = scale_S * torch.linalg.vector_norm(keys_SD, dim=1)
+        pulled_SD = hits.weighted(queries, weight_P).mul_(scale_S.float().unsqueeze(1))
     if beta_of(config):
-        weight_P = weight_FP[1] / hits.peers_P.clamp(min=1)
-        own_E = hits.sums(weight_P.unsqueeze(0))[0][0]
+        weight_P = -torch.expm1(peer_left_P) * peer_later_P.exp() / hits.peers_P.clamp(min=1)
+        pulled_SD.addcmul_(hits.weighted_company(keys_SD, indices, weight_P), peer_S.float().unsqueeze(1))
         # The peers of a token's expert are all the token's experts without that one.
-        peers_ED = hits.weighted_company(keys_ED, index_TK, weight_P) - keys_ED * own_E.float().unsqueeze(1)
-        pulled_ED += peers_ED * peer_E.float().unsqueeze(1)
-    lost_E = -torch.expm1(total_query_E + total_peer_E)
-    return sum_over_ranks(pulled_ED) - keys_ED * lost_E.float().unsqueeze(1)
+        held_S = hits.sums(weight_P) * peer_S
+    lost_S = sum_over_ranks(held_S) - torch.expm1(total_query_S + total_peer_S)
+    return sum_over_ranks(pulled_SD).addcmul_(keys_SD, lost_S.float().unsqueeze(1), value=-1)
 
 
 def update_load(load_E: Tensor, new_E: Tensor, config: PlasticityConfig) -> Tensor:
     """The moving average of hits as multiples of the uniform share; a step without any hit changes nothing."""
     total = new_E.sum()
-    share_E = new_E * (len(new_E) / total.clamp(min=1)).float()
-    return torch.where(total > 0, load_E + (1 - config.usage_decay) * (share_E - load_E), load_E)
+    share_E = new_E * (len(new_E) / total.clamp(min=1))
+    return load_E.lerp(share_E, (1 - config.usage_decay) * (total > 0))
 
 
 def dark_energy(keys_ED: Tensor, start_ED: Tensor, load_E: Tensor, uid_E: Tensor, config: PlasticityConfig) -> Tensor:
@@ -224,9 +343,8 @@ def dark_energy(keys_ED: Tensor, start_ED: Tensor, load_E: Tensor, uid_E: Tensor
     """
     if config.dark_energy == "repulsion":
         return repel(keys_ED, uid_E, config.repulsion)
-    forgotten_E1 = (load_E < config.forgetting_threshold).unsqueeze(1)
     target_ED = start_ED.float() if config.decay_target == "start" else torch.zeros_like(keys_ED)
-    return torch.where(forgotten_E1, keys_ED + config.decay_rate * (target_ED - keys_ED), keys_ED)
+    return keys_ED.lerp(target_ED, config.decay_rate * (load_E < config.forgetting_threshold).unsqueeze(1))
 
 
 def repel(keys_ED: Tensor, uid_E: Tensor, length: float) -> Tensor:
@@ -255,31 +373,26 @@ def unit_directions(uid_E: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def reference_consolidate(
-    keys_ED: Tensor,
-    start_ED: Tensor,
-    hits_E: Tensor,
-    load_E: Tensor,
-    uid_E: Tensor,
-    evidence: Sequence[Evidence],
-    config: PlasticityConfig,
-    peers: str = "before",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`consolidate` hit by hit in Python, in fp64 and one process: the oracle, for tests.
+    layer: LayerKeys, evidence: Sequence[Evidence], config: PlasticityConfig, peers: str = "before"
+) -> LayerKeys:
+    """`consolidate` for one layer, hit by hit in Python, in fp64 and one process: the oracle, for tests.
 
     Args:
         peers: "before": the other experts of a token pull an expert together, from where they were before the step, as
             in `consolidate`. "live": each two experts of a token in turn pull each other, from where they are.
     """
-    num_experts = len(keys_ED)
-    before = list(keys_ED.double())
+    num_experts = len(layer.keys_ED)
+    before = list(layer.keys_ED.double())
     keys = list(before)
-    hits = hits_E.tolist()
+    hits = layer.hits_E.tolist()
     rates: list[tuple[list[int], list[float]]] = []
     for query, index in ((q, i) for piece in evidence for q, i in zip(piece.query_TD, piece.index_TK, strict=True)):
         experts = [expert for expert in index.tolist() if expert >= 0]
         bonds = []
         for expert in experts:
-            used = {"count": hits[expert], "ema": float(load_E[expert])}[config.usage] if config.use_inertia else 0
+            used = (
+                {"count": hits[expert], "ema": float(layer.load_E[expert])}[config.usage] if config.use_inertia else 0
+            )
             hits[expert] += 1
             bonds.append(beta_of(config) / (1 + used))
             point = query.double()
@@ -301,8 +414,8 @@ def reference_consolidate(
                 left = (1 - bond) ** len(others)
                 middle = torch.stack([before[other] for other in others]).mean(dim=0)
                 keys[expert] = left * keys[expert] + (1 - left) * middle
-    new = [now - then for now, then in zip(hits, hits_E.tolist(), strict=True)]
-    load = load_E.tolist()
+    new = [now - then for now, then in zip(hits, layer.hits_E.tolist(), strict=True)]
+    load = layer.load_E.tolist()
     if sum(new):
         load = [
             config.usage_decay * old + (1 - config.usage_decay) * count * num_experts / sum(new)
@@ -311,13 +424,20 @@ def reference_consolidate(
     if config.use_decay and config.dark_energy == "decay":
         for expert in range(num_experts):
             if load[expert] < config.forgetting_threshold:
-                target = start_ED[expert].double() if config.decay_target == "start" else torch.zeros_like(keys[expert])
+                start = layer.start_ED[expert].double()
+                target = start if config.decay_target == "start" else torch.zeros_like(start)
                 keys[expert] = keys[expert] + config.decay_rate * (target - keys[expert])
     elif config.use_decay and num_experts > 1:
         pulled = torch.stack(keys)
         for expert in range(num_experts):
             rest = torch.cat([pulled[:expert], pulled[expert + 1 :]])
             away = pulled[expert] - rest.mean(dim=0)
-            direction = away / away.norm() if away.norm() else unit_directions(uid_E[expert : expert + 1], len(away))[0]
+            own = unit_directions(layer.uid_E[expert : expert + 1], len(away))[0]
+            direction = away / away.norm() if away.norm() else own
             keys[expert] = pulled[expert] + config.repulsion * direction
-    return torch.stack(keys).to(keys_ED.dtype), torch.tensor(hits).to(hits_E), torch.tensor(load).to(load_E)
+    return replace(
+        layer,
+        keys_ED=torch.stack(keys).to(layer.keys_ED.dtype),
+        hits_E=torch.tensor(hits).to(layer.hits_E),
+        load_E=torch.tensor(load).to(layer.load_E),
+    )

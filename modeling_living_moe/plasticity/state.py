@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from living_moe.configuration.errors import PopulationError
-from living_moe.configuration.sections import PlasticityConfig
 from living_moe.configuration.slabs import SLABS
-from living_moe.modeling_living_moe.plasticity.gravity import Evidence, consolidate
+from living_moe.modeling_living_moe.plasticity.gravity import Evidence, LayerKeys
 from living_moe.modeling_living_moe.population import KeepsDtype, Population, RowTable
 
 #: Forward passes that may wait for a consolidation before it is taken for forgotten.
@@ -99,31 +98,39 @@ class KeyPlasticity(KeepsDtype):
             place = torch.tensor([*new_index, -1], device=self.evidence[0].index_TK.device)
             self.evidence = [Evidence(piece.query_TD, place[piece.index_TK]) for piece in self.evidence]
 
+    def take_evidence(self) -> list[Evidence]:
+        """What came since the last consolidation; it waits no longer."""
+        evidence, self.evidence = self.evidence, []
+        return evidence
+
     @torch.no_grad()
-    def consolidate(self, keys: nn.ParameterDict, population: Population, settings: PlasticityConfig) -> None:
-        """Let the evidence move the keys, in place, and forget it. A collective: every rank calls it."""
+    def read(self, keys: nn.ParameterDict, population: Population) -> LayerKeys:
+        """The alive rows of all slabs, in slot order. The first time, where keys are is where they start."""
         alive = population.alive
         if not self.has_started:
             for slab, count in alive.items():
                 self.table(slab).start[:count] = keys[slab][:count].float()
             self._has_started = True
-        evidence, self.evidence = self.evidence, []
-        rows = [self.table(slab) for slab in alive]
-        counts = list(alive.values())
-        moved_ED, hits_E, use_E = consolidate(
-            torch.cat([keys[slab][:count].float() for slab, count in alive.items()]),
-            torch.cat([table.start[:count] for table, count in zip(rows, counts, strict=True)]),
-            torch.cat([table.hits[:count] for table, count in zip(rows, counts, strict=True)]),
-            torch.cat([table.use[:count] for table, count in zip(rows, counts, strict=True)]),
-            torch.cat([population.table(slab).uid[:count] for slab, count in alive.items()]),
-            evidence,
-            settings,
-        )
+        parts = [
+            LayerKeys(
+                keys[slab][:count].float(),
+                (table := self.table(slab)).start[:count],
+                table.hits[:count],
+                table.use[:count],
+                population.table(slab).uid[:count],
+            )
+            for slab, count in alive.items()
+        ]
+        return parts[0] if len(parts) == 1 else LayerKeys.cat(parts)
+
+    @torch.no_grad()
+    def write(self, moved: LayerKeys, keys: nn.ParameterDict, population: Population) -> None:
+        """Put a consolidation's result in place."""
         first = 0
-        for table, (slab, count) in zip(rows, alive.items(), strict=True):
-            mine = slice(first, first + count)
-            keys[slab][:count] = moved_ED[mine].to(keys[slab].dtype)
-            table.hits[:count], table.use[:count] = hits_E[mine], use_E[mine]
+        for slab, count in population.alive.items():
+            mine, table = slice(first, first + count), self.table(slab)
+            keys[slab][:count] = moved.keys_ED[mine]
+            table.hits[:count], table.use[:count] = moved.hits_E[mine], moved.load_E[mine]
             first += count
         self.consolidations += 1
 

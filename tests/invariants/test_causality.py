@@ -31,6 +31,7 @@ from torch import Tensor
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.plasticity import consolidate
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 
 EXACT = 1e-6
@@ -270,7 +271,10 @@ def test_keys_that_move_before_a_layer_has_routed_are_caught(monkeypatch: pytest
 
     def hasty(self: LivingMoeBlock, hidden: Tensor) -> Tensor:
         honest(self, hidden)
-        self.plasticity.consolidate(self.router.keys, self.population, PlasticityConfig(alpha=0.5))
+        place = (self.router.keys, self.population)
+        layer, evidence = self.plasticity.read(*place), self.plasticity.take_evidence()
+        [moved] = consolidate([layer], [evidence], PlasticityConfig(alpha=0.5))
+        self.plasticity.write(moved, *place)
         return honest(self, hidden)
 
     monkeypatch.setattr(LivingMoeBlock, "forward", hasty)

@@ -16,10 +16,39 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from living_moe.configuration.sections import PlasticityConfig
-from living_moe.modeling_living_moe.plasticity import Evidence, consolidate, reference_consolidate
+from living_moe.modeling_living_moe.plasticity import Evidence, LayerKeys, gravity
 from living_moe.modeling_living_moe.plasticity.gravity import unit_directions
 
 State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Moved = tuple[Tensor, Tensor, Tensor]
+
+
+def consolidate(
+    keys: Tensor,
+    start: Tensor,
+    hits: Tensor,
+    load: Tensor,
+    uid: Tensor,
+    pieces: list[Evidence],
+    config: PlasticityConfig,
+) -> Moved:
+    """A model of one layer: new keys, hits, load."""
+    [moved] = gravity.consolidate([LayerKeys(keys, start, hits, load, uid)], [pieces], config)
+    return moved.keys_ED, moved.hits_E, moved.load_E
+
+
+def reference_consolidate(
+    keys: Tensor,
+    start: Tensor,
+    hits: Tensor,
+    load: Tensor,
+    uid: Tensor,
+    pieces: list[Evidence],
+    config: PlasticityConfig,
+    peers: str = "before",
+) -> Moved:
+    moved = gravity.reference_consolidate(LayerKeys(keys, start, hits, load, uid), pieces, config, peers)
+    return moved.keys_ED, moved.hits_E, moved.load_E
 
 
 def state(num_experts: int, width: int, hits: int = 0) -> State:
@@ -97,6 +126,37 @@ def test_closed_form_is_the_loop_over_hits(
     pieces = [evidence(num_experts, min(top_k, num_experts), length, width, unused) for length in lengths]
     found = consolidate(*now, pieces, config)
     assert_same(found, reference_consolidate(*now, pieces, config), longest(now[0], pieces))
+
+
+@given(
+    config=configs,
+    layers=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(0, 9), max_size=2)), min_size=2, max_size=4
+    ),
+    unused=st.sampled_from([0.0, 0.3, 1.0]),
+    hits=st.sampled_from([0, 30, 10**9]),
+    width=st.sampled_from([3, 12]),
+)
+@settings(max_examples=100)
+def test_layers_together_are_each_alone(
+    config: PlasticityConfig, layers: list[tuple[int, int, list[int]]], unused: float, hits: int, width: int
+) -> None:
+    """Of other sizes, with other numbers of tokens and of experts per token."""
+    rows = [LayerKeys(*state(num_experts, width, hits)) for num_experts, _, _ in layers]
+    pieces = [
+        [evidence(num_experts, min(top_k, num_experts), length, width, unused) for length in lengths]
+        for num_experts, top_k, lengths in layers
+    ]
+    for before, after, own in zip(rows, gravity.consolidate(rows, pieces, config), pieces, strict=True):
+        [alone] = gravity.consolidate([before], [own], config)
+        torch.testing.assert_close(after.keys_ED, alone.keys_ED, rtol=1e-6, atol=1e-6)
+        assert torch.equal(after.hits_E, alone.hits_E) and torch.equal(after.load_E, alone.load_E)
+
+
+@pytest.mark.parametrize("bound", [5, 2**16, 2**16 + 1])
+def test_sorting_is_stable(bound: int) -> None:
+    values = torch.randint(bound, (5000,)) % 7 + bound - 7 if bound > 7 else torch.randint(bound, (5000,))
+    assert torch.equal(gravity.stable_order(values, bound), values.sort(stable=True).indices)
 
 
 @pytest.mark.parametrize("usage", ["count", "ema"])

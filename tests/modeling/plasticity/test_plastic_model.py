@@ -41,7 +41,7 @@ from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.errors import CheckpointError, ConfigurationError, PopulationError
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
-from living_moe.modeling_living_moe.plasticity import Evidence, reference_consolidate, state
+from living_moe.modeling_living_moe.plasticity import Evidence, LayerKeys, reference_consolidate, state
 from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
 from living_moe.modeling_living_moe.router import LivingRouter
 from living_moe.training.optimizers import LivingAdamW
@@ -133,24 +133,23 @@ def seen_by_routers(model: LivingMoeForCausalLM, real_T: Tensor) -> Iterator[lis
             handle.remove()
 
 
-def expected_keys(
-    model: LivingMoeForCausalLM, seen: list[list[Evidence]], config: PlasticityConfig
-) -> list[tuple[Tensor, ...]]:
-    """Per layer what the loop over hits makes of keys without a past: keys, hits, load."""
+def expected_keys(model: LivingMoeForCausalLM, seen: list[list[Evidence]], config: PlasticityConfig) -> list[LayerKeys]:
+    """Per layer what the loop over hits makes of keys without a past."""
     found = []
     for block, pieces in zip(model.living_blocks, seen, strict=True):
         rows = key_rows(block)
         hits, load = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows))
-        found.append(reference_consolidate(rows, rows, hits, load, torch.tensor(block.population.uids), pieces, config))
+        layer = LayerKeys(rows, rows, hits, load, torch.tensor(block.population.uids))
+        found.append(reference_consolidate(layer, pieces, config))
     return found
 
 
-def assert_layers(model: LivingMoeForCausalLM, expected: list[tuple[Tensor, ...]]) -> None:
-    for block, (wanted, hits, load) in zip(model.living_blocks, expected, strict=True):
-        torch.testing.assert_close(key_rows(block), wanted, **CLOSE)
+def assert_layers(model: LivingMoeForCausalLM, expected: list[LayerKeys]) -> None:
+    for block, wanted in zip(model.living_blocks, expected, strict=True):
+        torch.testing.assert_close(key_rows(block), wanted.keys_ED, **CLOSE)
         tables = [(block.plasticity.table(slab), count) for slab, count in block.population.alive.items()]
-        assert torch.equal(torch.cat([table.hits[:count] for table, count in tables]), hits)
-        torch.testing.assert_close(torch.cat([table.use[:count] for table, count in tables]), load)
+        assert torch.equal(torch.cat([table.hits[:count] for table, count in tables]), wanted.hits_E)
+        torch.testing.assert_close(torch.cat([table.use[:count] for table, count in tables]), wanted.load_E)
 
 
 # -- off ---------------------------------------------------------------------------------------------------------------
@@ -247,9 +246,9 @@ def test_one_pass_moves_the_keys_as_the_oracle_says(family: str, forces: dict[st
         logits(model, IDS, attention_mask=mask)
     assert_layers(model, expected)
     assert total_hits(model) == [int(mask.sum()) * 2] * 2
-    for layer, (wanted, *_) in enumerate(expected):
+    for layer, wanted in enumerate(expected):
         start = torch.cat([t.start for t in pasts(model.living_blocks[layer])])
-        torch.testing.assert_close(model.key_distances(layer), (wanted - start).norm(dim=1), **CLOSE)
+        torch.testing.assert_close(model.key_distances(layer), (wanted.keys_ED - start).norm(dim=1), **CLOSE)
 
 
 def pasts(block: LivingMoeBlock) -> list[PlasticityTable]:
