@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from living_moe.configuration.slabs import is_frozen, tier_of
 from living_moe.model_cards import CardRecords, build_model_card
 from living_moe.model_cards.card import LineageSummary, ParameterCounts
 from living_moe.modeling_living_moe import LivingMoePreTrainedModel
+from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import CARD_MARK
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 
@@ -44,6 +46,19 @@ def parameter_counts(model: LivingMoePreTrainedModel) -> ParameterCounts:
     return {"total": total, "active": active, "trainable": trainable}
 
 
+def population(block: LivingMoeBlock) -> dict[str, int]:
+    """Alive experts of a layer by kind; said of a kind is what sets it apart from the backbone's own experts."""
+    kinds = {}
+    for slab, count in block.population.alive.items():
+        words = ["frozen" if is_frozen(slab) else "trainable"]
+        if tier_of(slab):
+            words.append(f"{block.experts.width(slab)} hidden units")
+        if block.experts.is_ternary(slab):
+            words.append("1.58 bits")
+        kinds[", ".join(words)] = count
+    return kinds
+
+
 def lineage_summary(lineage: Lineage) -> LineageSummary:
     steps = [event.step for event in lineage]
     return {
@@ -75,7 +90,7 @@ def card_records(model: LivingMoePreTrainedModel, directory: Path) -> CardRecord
         languages=provenance.get("languages", ()),
         datasets=provenance.get("datasets", ()),
         preset=model.config.preset,
-        populations=[block.population.alive for block in model.living_blocks],
+        populations=[population(block) for block in model.living_blocks],
         parameters=parameter_counts(model),
         lineage_summary=lineage_summary(model.lineage),
         perplexities=provenance.get("perplexities", ()),

@@ -26,16 +26,26 @@ BUSY = dict(
 
 
 def busy_model(
-    preset: str = "grow", *, lifecycle: dict[str, Any] | None = None, **overrides: Any
+    preset: str = "grow",
+    *,
+    lifecycle: dict[str, Any] | None = None,
+    experts: dict[str, Any] | None = None,
+    **overrides: Any,
 ) -> LivingMoeForCausalLM:
     """A tiny living Mixtral with dropout and jitter, so that a wrong random state shows."""
     overrides = {"attention_dropout": 0.1, "router_jitter_noise": 0.05, **overrides}
-    return living_model("mixtral", preset, sections={"lifecycle": {**BUSY, **(lifecycle or {})}}, **overrides)
+    sections = {"lifecycle": {**BUSY, **(lifecycle or {})}, "experts": experts or {}}
+    return living_model("mixtral", preset, sections=sections, **overrides)
 
 
 def calm_model(preset: str = "grow") -> LivingMoeForCausalLM:
-    """The same without random numbers in the forward pass, so that many processes can be compared with one."""
-    return busy_model(preset, attention_dropout=0.0, router_jitter_noise=0.0)
+    """The same without random numbers in the forward pass, so that many processes can be compared with one.
+
+    The preset "ternary" is "grow" with ternary experts.
+    """
+    experts = {"ternary_tiers": [0]} if preset == "ternary" else None
+    preset = "grow" if preset == "ternary" else preset
+    return busy_model(preset, experts=experts, attention_dropout=0.0, router_jitter_noise=0.0)
 
 
 def blocks(number: int = 48, length: int = 16, seed: int = 5) -> Tensor:

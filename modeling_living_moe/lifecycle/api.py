@@ -515,6 +515,7 @@ class LifecycleMixin:
             around,
             vigilance=self.vigilance,
             memory=around.bytes_now / (budget * 2**20) if budget else 0.0,
+            choices=functools.cache(_gathered_choices),
             sample=functools.cache(_gathered_sample),
         )
 
@@ -628,6 +629,13 @@ def _gathered_sample(block: LivingMoeBlock) -> Sample | None:
         mine = Sample(*((part.float() if part.is_floating_point() else part).cpu() for part in mine))
     shared = [part for part in gather_objects(mine) if part is not None]
     return Sample(*map(torch.cat, zip(*shared, strict=True))) if shared else None
+
+
+def _gathered_choices(block: LivingMoeBlock) -> Tensor | None:
+    """Of that sample only who served whom, a hundredth of its bytes."""
+    mine = None if block.vitals.sample is None else block.vitals.sample.choices_SK.cpu()
+    shared = [part for part in gather_objects(mine) if part is not None]
+    return torch.cat(shared) if shared else None
 
 
 def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:

@@ -49,7 +49,8 @@ def set_vitals(model: LivingMoeForCausalLM, uid: int, **columns: float) -> None:
 
 def proposed(model: LivingMoeForCausalLM, *, sample: Sample | None = None, **now: Any) -> list[Proposal]:
     around = now.pop("around", model._surroundings())
-    circumstances = Circumstances(around, sample=lambda block: sample, **now)
+    choices = None if sample is None else sample.choices_SK
+    circumstances = Circumstances(around, choices=lambda block: choices, sample=lambda block: sample, **now)
     return propose_self_preserving(model.living_block(0), model.config.lifecycle, circumstances)
 
 

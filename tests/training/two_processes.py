@@ -119,6 +119,7 @@ def main() -> None:
     scenarios = {
         "grow": lambda place: live("grow", place),
         "frozen-graft": lambda place: live("frozen-graft", place),
+        "ternary": lambda place: live("ternary", place),
         "trainer": under_trainer,
         "diverge": diverge,
     }

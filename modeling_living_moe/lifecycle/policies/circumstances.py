@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.vitals import Sample
@@ -22,12 +24,15 @@ class Circumstances:
         around: What operations on the layer would be told: step, budgets.
         vigilance: At least 1; what a policy divides its thresholds for splits by. Above 1 while the data shift.
         memory: Share of `experts.memory_budget_mib` in use; 0 without a budget.
-        sample: A layer's sample of recent tokens, of all ranks; None if it has none.
+        choices: Which experts a layer's sample of recent tokens reached, of all ranks, int64 (S, K), negative where a
+            place was not used; None if it has none. A collective, as `sample` is.
+        sample: The whole sample.
     """
 
     around: Surroundings
     vigilance: float = 1.0
     memory: float = 0.0
+    choices: Callable[[LivingMoeBlock], Tensor | None] = lambda block: None
     sample: Callable[[LivingMoeBlock], Sample | None] = lambda block: None
 
     @property

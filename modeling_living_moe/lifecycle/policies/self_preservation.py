@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import LifecycleConfig
@@ -37,7 +38,6 @@ from living_moe.modeling_living_moe.lifecycle.planner import Proposal
 from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances, lifetime
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
 from living_moe.modeling_living_moe.population import Member
-from living_moe.modeling_living_moe.vitals import Sample
 
 #: A preserver stays frozen at most this many times `lifecycle.preserve_steps`, at least a quarter of it.
 LONGEST, SHORTEST = 4.0, 0.25
@@ -121,10 +121,12 @@ class _Wish:
 
 
 def _merge(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> Iterator[Proposal]:
-    sample = now.sample(block)
+    wishes = list(itertools.islice(_wishes(block, config, now), TRIED_PAIRS))
+    # The tokens themselves are gathered only where a merge is in sight, by every rank alike.
+    sample = now.sample(block) if wishes else None
     if sample is None:
         return
-    for wish in list(itertools.islice(_wishes(block, config, now), TRIED_PAIRS)):
+    for wish in wishes:
         uids = [member.uid for member in wish.members]
         reason = Reason(wish.force, round(wish.value, 6), wish.threshold)
         try:
@@ -152,8 +154,9 @@ def _merge(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -
 
 
 def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> Iterator[_Wish]:
-    sample = now.sample(block)
-    assert sample is not None
+    choices_SK = now.choices(block)
+    if choices_SK is None:
+        return
     members = block.population.members
     tables = {slab: block.vitals.table(slab) for slab in block.population.alive}
     load = {m.uid: float(tables[m.slab].load[m.row]) for m in members}
@@ -164,7 +167,7 @@ def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) 
         return not is_frozen(member.slab) and (member.parent < 0 or age >= config.min_age_steps * longer)
 
     free = [member for member in members if may_merge(member)]
-    for share, first, second in _coactive(sample, members, free, config.merge_coactivation):
+    for share, first, second in _coactive(choices_SK, members, free, config.merge_coactivation):
         room = tier_of(first.slab) < now.experts.max_tier
         if load[first.uid] < config.merge_load > load[second.uid]:
             yield _Wish((first, second), "fragments", share, config.merge_coactivation, room)
@@ -178,10 +181,10 @@ def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) 
 
 
 def _coactive(
-    sample: Sample, members: list[Member], free: list[Member], least: float
+    choices_SK: Tensor, members: list[Member], free: list[Member], least: float
 ) -> Iterator[tuple[float, Member, Member]]:
     """Pairs alike in slab and field of which at least that share of the tokens of one reach both, most first."""
-    together_EE = coactivation(sample.choices_SK, len(members))
+    together_EE = coactivation(choices_SK, len(members))
     alone_E = together_EE.diagonal()
     # Whoever serves next to nothing of the sample shows nothing.
     fewer_EE = torch.minimum(alone_E, alone_E[:, None])
