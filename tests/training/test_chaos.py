@@ -1,0 +1,68 @@
+"""The chaotic task: deterministic, chaotic, and predictable from its past only as far as that goes."""
+
+import math
+
+import pytest
+import torch
+
+from living_moe.configuration.errors import TrainingError
+from living_moe.training.chaos import chaotic_dataset, chaotic_symbols
+
+
+def test_a_lone_site_is_the_logistic_map() -> None:
+    """With so fine an alphabet the next symbol is what the map makes of this one."""
+    fine = 1 << 20
+    path = chaotic_symbols(1, 50, symbols=fine, sites=1, coupling=0.0)[0].double() / fine
+    torch.testing.assert_close(path[1:], 3.9 * path[:-1] * (1 - path[:-1]), rtol=0, atol=1e-5)
+
+
+def test_equal_seeds_give_equal_symbols_and_others_do_not() -> None:
+    one, again, other = (chaotic_symbols(4, 100, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert one.shape == (4, 100) and one.min() >= 0 and one.max() < 32 and len(one.unique()) > 20
+
+
+def test_near_starts_part() -> None:
+    """Chaos: symbols of trajectories a billionth apart have nothing in common after some eighty steps."""
+    fine = 1 << 40
+    start = chaotic_symbols(2000, 1, symbols=fine)[:, 0].double() / fine
+    assert start.std() > 0.2
+    path = chaotic_symbols(1, 400, symbols=fine, sites=1, coupling=0.0)[0].double() / fine
+    exponent = (3.9 * (1 - 2 * path)).abs().log().mean()
+    assert 0.3 < exponent < 0.7
+
+
+def conditional_entropy(symbols: torch.Tensor, context: int) -> float:
+    """Of the next symbol given the last `context`, nats, from counts."""
+    windows = symbols.unfold(1, context + 1, 1).reshape(-1, context + 1)
+    base = int(symbols.max()) + 1
+
+    def entropy(rows: torch.Tensor) -> float:
+        codes = (rows * base ** torch.arange(rows.shape[1])).sum(dim=1)
+        share = torch.unique(codes, return_counts=True)[1].double() / len(rows)
+        return float(-(share * share.log()).sum())
+
+    return entropy(windows) - entropy(windows[:, :-1])
+
+
+def test_more_past_tells_more_but_never_everything() -> None:
+    symbols = chaotic_symbols(200, 1000, symbols=8)
+    found = [conditional_entropy(symbols, context) for context in (0, 1, 2, 3)]
+    assert math.log(8) > found[0] > found[1] + 0.1 > found[2] + 0.1
+    assert found[3] > 0.05
+
+
+def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
+    rows = chaotic_dataset(3, 100, block_size=32, seed=1)
+    assert len(rows) == 9 and rows.column_names == ["input_ids"]
+    assert rows[1]["input_ids"] == chaotic_symbols(3, 100, seed=1)[0, 32:64].tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"growth": 4.1}, {"coupling": -0.1}, {"symbols": 1}, {"sites": 0}, {"trajectories": 0}, {"steps": 0}]
+)
+def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(TrainingError, match=f"{next(iter(wrong))} must be"):
+        chaotic_symbols(**{"trajectories": 1, "steps": 4, **wrong})
+    with pytest.raises(TrainingError, match="block_size"):
+        chaotic_dataset(1, 4, block_size=5)
