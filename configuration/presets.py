@@ -72,6 +72,31 @@ PRESETS: dict[str, Preset] = {
             },
         ),
         Preset(
+            name="ouroboros",
+            description="Selection by vitality, of load and gradient: the overloaded split into mutants, the starved "
+            "die, and the population grows only while the loss pays for it. Tokens find experts by cosine in a latent "
+            "space, at a learned temperature. Everything trains.",
+            sections={
+                "router": {
+                    "query_network": "linear",
+                    "similarity": "cosine",
+                    "temperature": 0.1,
+                    "learn_temperature": True,
+                },
+                "experts": {"freeze_pretrained": False},
+                # Vitality is half gradient, so a decision should not go by an old one.
+                "vitals": {"grad_norm_every": 10},
+                "lifecycle": {
+                    "policy": "darwinian",
+                    "split_load": 2.0,
+                    "death_load": 0.05,
+                    "patience": 3,
+                    "noise_std": 0.05,
+                    "cap_improvement": 0.005,
+                },
+            },
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={

@@ -130,6 +130,8 @@ class RouterConfig(Section):
     #: A score is the dot product of query and key, or their cosine; either is divided by the temperature.
     similarity: str = "dot"
     temperature: float = 1.0
+    #: Learn the temperature, from `temperature` on and within a factor of 16 of it (see `LearnedTemperature`).
+    learn_temperature: bool = False
     #: Dot products with keys of unit length (cosine has them anyway).
     normalise_keys: bool = False
     #: Who is chosen: the source family's own rule, or top_any, every clade whose score is above the layer's threshold.
@@ -254,6 +256,7 @@ class TrainableConfig(Section):
     norms: bool = True
     #: Shared experts, and the MLPs of layers without experts.
     mlps: bool = True
+    #: Query networks, and the temperature where it is learned: both change the scores of every expert.
     query_networks: bool = True
     #: Keys of the trainable slab.
     keys: bool = True
@@ -403,11 +406,16 @@ class LifecycleConfig(Section):
     min_age_steps: int = 50
     #: Decisions in a row that must agree before an event (hysteresis).
     patience: int = 2
-    #: Split above this load.
+    #: Split above this load; `darwinian`: above this vitality (see lifecycle/vitality.py), as below for deaths.
     split_load: float = 1.6
     #: Remove below this load. The deaths of one lifecycle step together displace at most as much: a starved expert is
     #: still the best one for the few tokens it serves, and the loss jumps by what it took to serve them.
     death_load: float = 0.02
+    #: darwinian: share of the gradient signal in an expert's vitality; the rest is its load.
+    vitality_gradient: float = 0.5
+    #: darwinian: no births while the average loss improves by less than this share of itself in 1,000 steps; None is no
+    #: such cap.
+    cap_improvement: float | None = None
     #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.
     adapt_load: float = 0.25
     #: Minimum age, patience and cooldown grow with this power of an expert's width.
@@ -452,6 +460,7 @@ class LifecycleConfig(Section):
         self.require("drift_vigilance", self.drift_vigilance >= 1, ">= 1")
         self.require("death_load", 0 <= self.death_load, ">= 0")
         self.require("adapt_load", 0 <= self.adapt_load, ">= 0")
+        self.require("vitality_gradient", 0 <= self.vitality_gradient <= 1, "in [0, 1]")
         self.require("preserve_steps", self.preserve_steps >= 0, ">= 0")
         for name in ("lifetime_exponent", "split_divergence", "split_interference", "merge_load"):
             self.require(name, getattr(self, name) >= 0, ">= 0")

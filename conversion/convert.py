@@ -32,7 +32,9 @@ from living_moe.modeling_living_moe.modeling_living_moe import Clock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
+from living_moe.modeling_living_moe.router import LearnedTemperature
 from living_moe.modeling_living_moe.selection import selection_rule
+from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Largest |difference of logits| over the largest |logit| that a graft may have, by dtype. fp32 grafts measure 0.
@@ -218,6 +220,8 @@ def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: boo
         value = tensor.detach().clone() if copy_tensors else tensor.detach()
         place(living, name_here(name), value)
     for block in living.living_blocks:
+        if block.router.learned_temperature is not None:
+            block.router.learned_temperature = LearnedTemperature(block.router.temperature).to(device)
         if block.router.query is not None:
             keys_EH = block.router.keys[slab].detach()
             block.router.keys[slab] = nn.Parameter(block.router.query.take_over(keys_EH))
@@ -267,6 +271,7 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         base.fields = ReceptiveFields(settings, vocab_size, base.fields.num_fields).to(device)
     base.clock = Clock().to(device)
     base.drift = DriftDetector().to(device)
+    base.trend = LossTrend().to(device)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

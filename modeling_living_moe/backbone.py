@@ -29,9 +29,10 @@ from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
-from living_moe.modeling_living_moe.router import Keys, LivingRouter
+from living_moe.modeling_living_moe.router import Keys, LearnedTemperature, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.ternary import PackedTernary
+from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
 
 
@@ -101,6 +102,8 @@ class LivingBackbone:
         names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]  # type: ignore[attr-defined]
         wanted: Any = getattr(type(self), "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = [part for part in wanted if any(part in name for name in names)]
+        if config.router.learn_temperature:
+            self._keep_in_fp32_modules_strict.append("learned_temperature")
         self.post_init()  # type: ignore[attr-defined]
         # The family's plans shard its experts. Surgery works on whole tensors, so ours are not sharded, and neither are
         # the maps whose outputs a delta adds to.
@@ -115,8 +118,8 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, KeyPlasticity, PackedTernary, Population, ReceptiveFields, RowTable, TopAny, UpMaps,
-    Vitals,
+    DownMaps, DriftDetector, KeyPlasticity, LearnedTemperature, LossTrend, PackedTernary, Population, ReceptiveFields,
+    RowTable, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

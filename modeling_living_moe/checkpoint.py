@@ -252,6 +252,7 @@ _CONCERNS: tuple[tuple[str, str | None], ...] = (
     ("field_deltas.", None),
     ("head_delta.", None),
     (".router.query.", "query_networks"),
+    (".router.learned_temperature.", "query_networks"),
     (".embed_tokens.", "embeddings"),
     (".lm_head.", "head"),
     (".self_attn.", "attention"),

@@ -41,6 +41,7 @@ from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveF
 from living_moe.modeling_living_moe.router import load_balancing_loss
 from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
 from living_moe.modeling_living_moe.ternary_api import TernaryMixin
+from living_moe.modeling_living_moe.trend import LossTrend
 
 
 class LivingMoePreTrainedModel(  # type: ignore[misc]
@@ -51,6 +52,8 @@ class LivingMoePreTrainedModel(  # type: ignore[misc]
     config: LivingMoeConfig
     config_class = LivingMoeConfig
     base_model_prefix = "model"
+    # Checkpoints from before there was a trend begin it anew.
+    _keys_to_ignore_on_load_missing = [r"(^|\.)trend\."]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -126,6 +129,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         self.deltas_outside: list[FieldDelta] = []
         self.clock = Clock()
         self.drift = DriftDetector()
+        self.trend = LossTrend()
         self._steps: int | None = None
         self.lineage_ = Lineage()
         self.post_init()

@@ -6,6 +6,7 @@ outside tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.population import ROOT_FIELD, Member, Tombstone
+from living_moe.modeling_living_moe.router import TEMPERATURE_RANGE
 from living_moe.modeling_living_moe.selection import TopAny
 
 
@@ -111,7 +113,11 @@ def reference_score(block: LivingMoeBlock, query: Tensor, key: Tensor) -> Tensor
     key = key.to(query.dtype)
     if block.router.normalise_keys:
         key = key / key.norm().clamp_min(1e-12)
-    return F.linear(query, key) / block.router.temperature
+    temperature: Tensor | float = block.router.temperature
+    if block.router.learned_temperature is not None:
+        steps = torch.tanh(block.router.learned_temperature.log_ratio / math.log(TEMPERATURE_RANGE))
+        temperature = temperature * TEMPERATURE_RANGE**steps
+    return F.linear(query, key) / temperature
 
 
 def reference_top_any(

@@ -11,21 +11,49 @@ C candidates of a search, H hidden, D length of queries and keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import RouterConfig, TrainableConfig
 from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.key_search import KeyStoreSearch
-from living_moe.modeling_living_moe.population import AddressBook, Population, View, sort_slabs
+from living_moe.modeling_living_moe.population import AddressBook, KeepsDtype, Population, View, sort_slabs
 from living_moe.modeling_living_moe.query import query_network
 from living_moe.modeling_living_moe.selection import UNUSED, selection_rule
+
+#: A learned temperature stays within this factor of where it started.
+TEMPERATURE_RANGE = 16.0
+
+
+class LearnedTemperature(KeepsDtype):
+    """A temperature that is learned, in log space: start * RANGE ** tanh(log_ratio / log RANGE).
+
+    So it is exactly `start` at first (`log_ratio` 0), where a change of `log_ratio` is one of its logarithm, and stays
+    between start / 16 and start * 16 whatever an optimizer does: scores can neither explode nor vanish. Weight decay,
+    where there is any, pulls towards the start. The parameter is fp32 whatever the model's dtype.
+    """
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.start = start
+        self.log_ratio = nn.Parameter(torch.zeros((), dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """0-dim fp32."""
+        bound = math.log(TEMPERATURE_RANGE)
+        return self.start * torch.exp(bound * torch.tanh(self.log_ratio / bound))
+
+    def reset_parameters(self) -> None:
+        """Back to the start; leaves alone what a checkpoint has loaded."""
+        init.zeros_(self.log_ratio)
 
 
 class Keys(nn.ParameterDict):
@@ -77,6 +105,7 @@ class LivingRouter(nn.Module):
         self.similarity = settings.similarity
         self.normalise_keys = settings.normalise_keys or settings.similarity == "cosine"
         self.temperature = settings.temperature
+        self.learned_temperature = LearnedTemperature(settings.temperature) if settings.learn_temperature else None
         self.balances = settings.bias_update_rate > 0
         self.trainable_keys = {slab: trainable.frozen_keys if is_frozen(slab) else trainable.keys for slab in SLABS}
         self.query = query_network(settings, hidden_size)
@@ -119,7 +148,13 @@ class LivingRouter(nn.Module):
 
     def logits(self, query_TD: Tensor, keys_ED: Tensor) -> Tensor:
         logits_TE = F.linear(query_TD, self.comparable(keys_ED, query_TD.dtype))
-        return logits_TE if self.temperature == 1.0 else logits_TE / self.temperature
+        return self.tempered(logits_TE)
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Products of queries and keys as scores."""
+        if self.learned_temperature is not None:
+            return logits / self.learned_temperature()
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def forward(
         self,
@@ -216,14 +251,14 @@ class LivingRouter(nn.Module):
             return None
         serves_TC = book.serves(hidden_TH, candidates_TC)
         # The search finds; what is learned flows through the keys found, by their own product with the query.
-        logits_TC = torch.einsum("td,tcd->tc", query_TD, keys_AD[candidates_TC.clamp(min=0)]) / self.temperature
+        logits_TC = self.tempered(torch.einsum("td,tcd->tc", query_TD, keys_AD[candidates_TC.clamp(min=0)]))
         logits_TC = logits_TC.masked_fill(~serves_TC, float("-inf"))
         enough_T = serves_TC.sum(dim=1) >= wanted
         if bool(enough_T.all()):
             return logits_TC, *self._among(logits_TC, candidates_TC, book)
         few, enough = (~enough_T).nonzero()[:, 0], enough_T.nonzero()[:, 0]
         searched = self._among(logits_TC[enough], candidates_TC[enough], book)
-        compared = self.choose(hidden_TH[few], F.linear(query_TD[few], keys_AD) / self.temperature, population, 0)
+        compared = self.choose(hidden_TH[few], self.tempered(F.linear(query_TD[few], keys_AD)), population, 0)
         parts = [
             one.new_zeros(len(query_TD), one.shape[1]).index_copy(0, enough, one).index_copy(0, few, other)
             for one, other in zip(searched, compared, strict=True)

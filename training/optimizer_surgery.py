@@ -457,8 +457,10 @@ def _home(optimizer: Optimizer, model: LifecycleMixin, edit: ParameterEdit) -> d
 def _join(group: dict[str, Any], parameter: nn.Parameter, name: str, rank: Mapping[nn.Parameter, int]) -> None:
     members = group["params"]
     own = rank.get(parameter, len(rank))
+    # Behind the last one before it, if none comes after: what follows there is not the model's.
+    earlier = [n for n, other in enumerate(members) if 0 <= rank.get(other, -1) < own]
     later = (n for n, other in enumerate(members) if rank.get(other, -1) > own)
-    place = next(later, len(members))
+    place = next(later, earlier[-1] + 1 if earlier else len(members))
     members.insert(place, parameter)
     if "param_names" in group:
         group["param_names"].insert(place, name)

@@ -26,7 +26,7 @@ from living_moe.modeling_living_moe.distributed import (
     sum_over_ranks,
     world_size,
 )
-from living_moe.modeling_living_moe.drift import NEW_DATA, SELF_PRESERVATION, step_signals
+from living_moe.modeling_living_moe.drift import LOSS, NEW_DATA, SELF_PRESERVATION, step_signals
 from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
 from living_moe.modeling_living_moe.lifecycle import operations
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
@@ -35,6 +35,7 @@ from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surround
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
+from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import SHOWN, Sample, count_dtype, load_entropy
 
@@ -89,6 +90,15 @@ class LifecycleMixin:
             name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive])
             for name in SHOWN
         }
+
+    def vitality(self, layer: int) -> Tensor:
+        """How much each of a layer's experts is used and has to learn: moving averages of its shares of load and of
+        gradients in multiples of the uniform share (1.0 is like any other), mixed by `lifecycle.vitality_gradient`.
+        fp32 (experts,) in slot order, on the layer's device. See lifecycle/vitality.py.
+        """
+        block = self.living_block(layer)
+        values = [each.vitality for each in vitality_of(block, self.config.lifecycle.vitality_gradient)]
+        return torch.tensor(values, dtype=torch.float32, device=block.population.next_uid.device)
 
     def routing(self, layer: int) -> dict[str, Tensor]:
         """How a layer routes, moving averages, 0-dim: `density`, experts per token; `entropy` of the experts' shares of
@@ -435,6 +445,11 @@ class LifecycleMixin:
         Returns:
             The events that happened, in order; empty on most steps.
         """
+        self._live_a_step()
+        return self.decide_events(optimizer)
+
+    def _live_a_step(self) -> None:
+        """The first half of `lifecycle_step`: vitals, keys, the clock."""
         life = self._life
         step = self.steps_lived + 1
         self._fold_vitals(step)
@@ -442,7 +457,6 @@ class LifecycleMixin:
             self.consolidate_keys()
         life.clock.steps.fill_(step)
         life._steps = step
-        return self.decide_events(optimizer)
 
     def decide_events(self, optimizer: Optimizer | None = None) -> list[LifecycleEvent]:
         """The second half of `lifecycle_step`: on a decision step, births of fields, policy, plan and surgery.
@@ -455,6 +469,11 @@ class LifecycleMixin:
             self.require_unpacked()
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []
+        return self._decide(optimizer)
+
+    def _decide(self, optimizer: Optimizer | None) -> list[LifecycleEvent]:
+        """One decision, whatever the step."""
+        config, step = self.config.lifecycle, self.steps_lived
         events: list[LifecycleEvent] = []
         if self._life.fields is not None and self._life.fields.wants_another():
             events.append(self.open_field(optimizer=optimizer))
@@ -516,6 +535,7 @@ class LifecycleMixin:
             vigilance=self.vigilance,
             memory=around.bytes_now / (budget * 2**20) if budget else 0.0,
             choices=functools.cache(_gathered_choices),
+            improvement=self._life.trend.improvement() if self.config.lifecycle.cap_improvement is not None else None,
             sample=functools.cache(_gathered_sample),
         )
 
@@ -561,7 +581,9 @@ class LifecycleMixin:
             )
             for block, (counts, pulled, tokens) in zip(self.living_blocks, evidence, strict=True)
         ]
-        self._life.drift.step(*step_signals(layers, sums), step)
+        values, known = step_signals(layers, sums)
+        self._life.drift.step(values, known, step)
+        self._life.trend.step(values[LOSS], known[LOSS])
 
     def _step_evidence(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
         """Of all ranks: per layer counts (4, E), signals (4, E) and the number of tokens (0-dim); the drift detector's.

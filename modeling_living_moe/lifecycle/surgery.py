@@ -526,7 +526,7 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
             column[number] = old[row.sources[0].slab].loss_fast[row.sources[0].row]
         elif name in ("age", "tokens"):
             column[number] = 0 if row.life == "newborn" else values[0]
-        elif name == "load":
+        elif name in ("load", "grad_norm"):
             column[number] = values[0] * row.load_share
         elif name == "foreign_load":
             # The newborn now meets the demand its parent could not.

@@ -9,13 +9,18 @@ from living_moe.configuration.sections import LifecycleConfig, did_you_mean
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
 from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances
+from living_moe.modeling_living_moe.lifecycle.policies.darwinian import propose_darwinian
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
 from living_moe.modeling_living_moe.lifecycle.policies.self_preservation import propose_self_preserving
 
 #: Called for every living layer at each decision, on every rank alike; may advance the layer's hysteresis counters.
 Policy = Callable[[LivingMoeBlock, LifecycleConfig, Circumstances], list[Proposal]]
 
-POLICIES: dict[str, Policy] = {"load": propose_by_load, "self_preservation": propose_self_preserving}
+POLICIES: dict[str, Policy] = {
+    "load": propose_by_load,
+    "self_preservation": propose_self_preserving,
+    "darwinian": propose_darwinian,
+}
 
 
 def policy_named(name: str) -> Policy:

@@ -27,12 +27,14 @@ class Circumstances:
         choices: Which experts a layer's sample of recent tokens reached, of all ranks, int64 (S, K), negative where a
             place was not used; None if it has none. A collective, as `sample` is.
         sample: The whole sample.
+        improvement: Relative fall of the average loss in 1,000 steps (trend.py); None: not known, or not asked for.
     """
 
     around: Surroundings
     vigilance: float = 1.0
     memory: float = 0.0
     choices: Callable[[LivingMoeBlock], Tensor | None] = lambda block: None
+    improvement: float | None = None
     sample: Callable[[LivingMoeBlock], Sample | None] = lambda block: None
 
     @property
