@@ -17,8 +17,10 @@ from living_moe.configuration import PRESETS, LivingMoeConfig, LivingMoeError  #
 from living_moe.conversion import convert, export  # noqa: E402
 from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM, LivingMoeModel  # noqa: E402
 from living_moe.modeling_living_moe.active_experts import register_active_experts  # noqa: E402
+from living_moe.modeling_living_moe.block import LivingMoeBlock  # noqa: E402
 from living_moe.modeling_living_moe.checkpoint import set_card_writer  # noqa: E402
 from living_moe.modeling_living_moe.lifecycle.surgery import set_optimizer_surgeon  # noqa: E402
+from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe  # noqa: E402
 from living_moe.records import write_card  # noqa: E402
 from living_moe.training.grafting import set_grafter  # noqa: E402
 from living_moe.training.optimizer_surgery import stage_optimizer_edit  # noqa: E402
@@ -35,10 +37,12 @@ set_grafter(convert)
 __all__ = [
     "PRESETS",
     "LifecycleEvent",
+    "LivingMoeBlock",
     "LivingMoeConfig",
     "LivingMoeError",
     "LivingMoeForCausalLM",
     "LivingMoeModel",
+    "StandaloneLivingMoe",
     "__version__",
     "convert",
     "export",

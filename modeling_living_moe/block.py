@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
 from living_moe.modeling_living_moe.signals import TokenSample, interference
 from living_moe.modeling_living_moe.vitals import Vitals
+
+if TYPE_CHECKING:
+    from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe
 
 
 @dataclass
@@ -192,6 +196,13 @@ class LivingMoeBlock(nn.Module):
         known_SK &= real_S.unsqueeze(1)
         self.vitals.observe_interference(index_SK, ratio_SK, known_SK, len(self.population.members))
         sample.served[self.layer] = (index_SK, weights_SK)
+
+    @staticmethod
+    def standalone(d_model: int, d_ff: int, n_experts: int = 8, top_k: int = 2, **choices: Any) -> StandaloneLivingMoe:
+        """One living block for any PyTorch model, without Transformers' model classes: see `StandaloneLivingMoe`."""
+        from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe
+
+        return StandaloneLivingMoe(d_model, d_ff, n_experts, top_k, **choices)
 
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 

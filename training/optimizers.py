@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from living_moe.configuration.errors import OptimizerError
+from living_moe.modeling_living_moe.standalone import LivingParts
 
 #: The groups built from a model, in this order, empty ones included: events and schedulers find them by place and role.
 ROLES = ("decay", "no_decay", "experts", "keys")
@@ -46,7 +47,9 @@ class SlotParameter(Protocol):
 class LivingModel(Protocol):
     """What the optimizer asks of a model. `LivingMoeForCausalLM` answers it."""
 
-    training: bool
+    @property
+    def training(self) -> bool:
+        """Whether forward passes count tokens."""
 
     @property
     def population_version(self) -> int:
@@ -82,8 +85,9 @@ class LivingAdamW(Optimizer):
     parameter the same as torch's AdamW.
 
     Args:
-        model_or_groups: A living model, itself and not a wrapper of it (DistributedDataParallel, ...). Or parameters
-            or groups as any torch optimizer takes them; they step lazily if `model` is given too.
+        model_or_groups: A living model, itself and not a wrapper of it (DistributedDataParallel, ...), or a model with
+            standalone living blocks in it. Or parameters or groups as any torch optimizer takes them; they step lazily
+            if `model` is given too.
         lr: Learning rate; may be a tensor.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
@@ -259,6 +263,8 @@ def _as_living(model: nn.Module) -> LivingModel:
         "require_unpacked",
     )  # fmt: skip
     missing = [name for name in wanted if not hasattr(model, name)]
+    if missing and (parts := LivingParts(model)).parts:
+        return parts
     if missing:
         raise OptimizerError(
             f"LivingAdamW needs a living model, and {type(model).__name__} has no {missing[0]}; pass the model before "

@@ -1,0 +1,490 @@
+"""One living block in any PyTorch model: the same events, surgery and state dicts as a living model's."""
+
+import copy
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import gradients
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from living_moe import LivingMoeBlock, LivingMoeError, StandaloneLivingMoe
+from living_moe.configuration.errors import (
+    CheckpointError,
+    ConfigurationError,
+    OptimizerError,
+    PopulationError,
+    UnknownExpertError,
+)
+from living_moe.modeling_living_moe.modeling_living_moe import LivingMoePreTrainedModel
+from living_moe.modeling_living_moe.reference import reference_forward
+from living_moe.training.optimizer_surgery import assert_partition
+from living_moe.training.optimizers import LivingAdamW
+
+H, WIDTH, EXPERTS, TOP_K = 24, 12, 6, 2
+#: A lifecycle that acts every other step.
+BUSY = dict(
+    interval=2, warmup_steps=2, cooldown_steps=0, min_age_steps=4, patience=1, split_load=1.3, death_load=0.2,
+    max_events_per_step=2, max_experts=12,
+)  # fmt: skip
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "adamw": lambda model: AdamW(model.parameters(), lr=1e-2),
+    "sgd": lambda model: SGD(model.parameters(), lr=1e-1, momentum=0.9),
+    "adafactor": lambda model: Adafactor(model.parameters(), lr=1e-2),
+    "living_adamw": lambda model: LivingAdamW(model, lr=1e-2),
+}
+
+
+def new(seed: int = 0, **sections: Any) -> StandaloneLivingMoe:
+    torch.manual_seed(seed)
+    sections["lifecycle"] = {**BUSY, **sections.get("lifecycle", {})}
+    sections["experts"] = {"max_tier": 1, **sections.get("experts", {})}
+    return LivingMoeBlock.standalone(H, WIDTH, EXPERTS, TOP_K, **sections)
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Of a skewed mixture of places, so that routers have something to prefer."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(5, H, generator=torch.Generator().manual_seed(99)) * 2
+    which = torch.multinomial(torch.tensor([8.0, 4, 2, 1, 1]), 10**4, replacement=True, generator=generator)
+    count = int(torch.tensor(shape).prod())
+    return (centers[which[:count]] + torch.randn(count, H, generator=generator)).view(*shape, H)
+
+
+def step(model: nn.Module, layers: list[StandaloneLivingMoe], optimizer: Optimizer, seed: int) -> float:
+    x = tokens(4, 16, seed=seed)
+    loss = (model(x) - torch.sin(x.roll(1, dims=-1) * x)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for layer in layers:
+        layer.lifecycle_step(optimizer, loss=loss)
+    return float(loss.detach())
+
+
+def lived(events: int = 8, seed: int = 0, **sections: Any) -> StandaloneLivingMoe:
+    """A block with a past: training steps, and random events among them."""
+    layer = new(seed, **sections)
+    optimizer, rng = AdamW(layer.parameters(), lr=1e-2), random.Random(seed)
+    for number in range(events):
+        step(layer, [layer], optimizer, number)
+        uids = layer.expert_uids()
+        rng.shuffle(uids)
+        kind = rng.choice(["split", "split", "merge", "tier_up", "death", "freeze", "thaw"])
+        try:
+            if kind == "split":
+                layer.split_expert(uids[0], noise_std=0.1, optimizer=optimizer)
+            elif kind in ("merge", "tier_up"):
+                layer.merge_experts(uids[:2], tier_up=kind == "tier_up", optimizer=optimizer)
+            else:
+                happen = {"death": layer.remove_expert, "freeze": layer.freeze_expert, "thaw": layer.thaw_expert}[kind]
+                happen(uids[0], optimizer=optimizer)
+        except PopulationError:
+            continue
+        assert_partition(optimizer, layer)
+    return layer
+
+
+def state(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in layer.state_dict().items()}
+
+
+def assert_same(one: StandaloneLivingMoe, other: StandaloneLivingMoe) -> None:
+    first, second = state(one), state(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert one.expert_uids() == other.expert_uids() and one.lineage == other.lineage
+    assert one.lineage.counts() == other.lineage.counts() and one.steps_lived == other.steps_lived
+    assert all(torch.equal(value, other.vitals()[name]) for name, value in one.vitals().items())
+    assert torch.equal(one.vitality(), other.vitality())
+    x = tokens(3, 5, seed=8)
+    training = one.training, other.training
+    assert torch.equal(one.eval()(x), other.eval()(x))
+    one.train(training[0]), other.train(training[1])
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4), (0,)])
+def test_any_leading_shape_goes_in_and_comes_out(shape: tuple[int, ...]) -> None:
+    layer, x = new().eval(), torch.randn(*shape, H)
+    output = layer(x)
+    assert output.shape == x.shape and output.dtype == x.dtype
+    torch.testing.assert_close(output.reshape(-1, H), layer(x.reshape(-1, H)) if x.numel() else output.reshape(-1, H))
+
+
+@pytest.mark.parametrize("sizes", [(10, 7), (16, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_sizes_work_in_any_precision(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = LivingMoeBlock.standalone(*sizes, 4, 2).to(dtype)
+    output = layer(torch.randn(5, sizes[0], dtype=dtype))
+    output.float().square().mean().backward()
+    assert output.isfinite().all() and output.dtype == dtype
+    layer.split_expert(0)
+    assert layer(torch.randn(5, sizes[0], dtype=dtype)).isfinite().all()
+
+
+def test_it_is_no_transformers_model() -> None:
+    model = nn.Sequential(nn.Linear(H, H), new())
+    assert not any(isinstance(module, LivingMoePreTrainedModel) for module in model.modules())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "active"])
+def test_it_is_the_oracle_s_forward_and_backward(implementation: str) -> None:
+    layer = lived(10, seed=3)
+    layer.config.backbone_config._experts_implementation = implementation
+    layer.block.router.learned_temperature.log_ratio.data.fill_(-0.3)
+    block = layer.block
+    x = tokens(12).requires_grad_()
+    expected = reference_forward(block, x)
+    slow = gradients(block, expected, x)
+    output = layer(x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    fast = gradients(block, output, x)
+    assert slow.keys() == fast.keys() and slow["router.learned_temperature.log_ratio"] != 0
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_are_counted_in_training_only_and_without_padding() -> None:
+    layer = new().eval()
+    x = tokens(2, 8)
+    layer(x)
+    assert layer.block.vitals.pending is None
+    layer.train()
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :5] = False
+    layer(x, mask)
+    assert layer.block.vitals.pending is not None and layer.block.vitals.pending[0].sum() == TOP_K * 11
+    assert layer.block.context is None
+
+
+def test_recomputation_under_gradient_checkpointing_counts_once() -> None:
+    layer = new()
+    x = tokens(2, 8).requires_grad_()
+    for reentrant in (False, True):
+        layer.block.vitals.forget()
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+        assert layer.block.vitals.pending is not None and layer.block.vitals.pending[0].sum() == TOP_K * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 8, 4, 2), "d_model must be an int >= 1, got 0"),
+        ((8, 8.0, 4, 2), "d_ff must be an int >= 1, got 8.0"),
+        ((8, 8, 2, 3), "top_k is 3 but there are n_experts = 2"),
+    ],
+)
+def test_senseless_sizes_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LivingMoeBlock.standalone(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"preset": "frozen-graft"}, r"receptive_field\.enabled is True \(preset 'frozen-graft'\)"),
+        ({"preset": "some"}, r"plasticity\.enabled is True"),
+        ({"preset": "ouroborus"}, "Did you mean 'ouroboros'"),
+        ({"lifecycle": {"max_expert": 3}}, "Did you mean 'max_experts'"),
+        ({"experts_implementation": "grouped"}, "Did you mean 'grouped_mm'"),
+        ({"lifecylce": {}}, "Did you mean 'lifecycle'"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(choices: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LivingMoeBlock.standalone(8, 8, 4, 2, **choices)
+
+
+def test_inputs_of_another_size_are_refused() -> None:
+    layer = new()
+    with pytest.raises(ConfigurationError, match="the input has 5 features but d_model is 24"):
+        layer(torch.randn(2, 5))
+    with pytest.raises(ConfigurationError, match=r"token_mask has shape \(3,\)"):
+        layer(torch.randn(2, H), torch.ones(3))
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_without_noise_changes_no_output() -> None:
+    layer, x = lived(4).eval(), tokens(64, seed=5)
+    before, uids = layer(x), layer.expert_uids()
+    for uid in uids:
+        layer.split_expert(uid)
+    assert layer.num_experts == 2 * len(uids)
+    torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_newborns_inherit_the_optimizer_s_state_and_move(name: str) -> None:
+    model = nn.Sequential(nn.Linear(H, H), new(lifecycle={"enabled": False}))
+    layer: StandaloneLivingMoe = model[1]  # type: ignore[assignment]
+    optimizer = OPTIMIZERS[name](model)
+    for number in range(3):
+        step(model, [layer], optimizer, number)
+    load = layer.vitals()["load"]
+    event = layer.split_expert(layer.expert_uids()[int(load.argmax())], optimizer=optimizer)
+    parent, newborn = (layer.block.population.find(uid, 0).row for uid in (event.parents[0], event.children[0]))
+    weight = layer.block.experts.weights("trainable").gate_up_proj
+    moments = {key: value for key, value in optimizer.state[weight].items() if value.ndim and len(value) == len(weight)}
+    assert moments and all(
+        value[newborn].any() and torch.equal(value[newborn], value[parent]) for value in moments.values()
+    )
+    before = weight.detach().clone()
+    for number in range(3, 6):
+        step(model, [layer], optimizer, number)
+    assert not torch.equal(weight[newborn], before[newborn])
+    assert not torch.equal(weight[newborn], weight[parent])
+    assert_partition(optimizer, layer)
+
+
+def test_an_optimizer_that_was_not_told_of_growth_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(H, H), new())
+    layer: StandaloneLivingMoe = model[1]  # type: ignore[assignment]
+    optimizer = AdamW(model.parameters())
+    layer.split_expert(0)
+    model(tokens(4)).sum().backward()
+    with pytest.raises(OptimizerError, match="Pass optimizer="):
+        optimizer.step()
+
+
+def test_errors_name_the_remedy_and_change_nothing() -> None:
+    layer = new(lifecycle={"max_experts": EXPERTS})
+    before = state(layer)
+    with pytest.raises(UnknownExpertError, match="alive uids"):
+        layer.remove_expert(77)
+    with pytest.raises(PopulationError, match=r"lifecycle\.max_experts is 6"):
+        layer.split_expert(0)
+    with pytest.raises(PopulationError, match="no receptive fields"):
+        layer.open_field()
+    assert all(torch.equal(value, before[name]) for name, value in state(layer).items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_block_in_a_sequential_grows_and_learns(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(H), new(vitals={"grad_norm_every": 2}), nn.Linear(H, H))
+    layer: StandaloneLivingMoe = model[1]  # type: ignore[assignment]
+    optimizer = OPTIMIZERS[name](model)
+    losses = [step(model, [layer], optimizer, number) for number in range(60)]
+    assert layer.num_experts > EXPERTS and "split" in layer.lineage.counts()
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    assert {event.metric for event in layer.lineage if event.kind in ("split", "death")} == {"vitality"}
+    assert layer.steps_lived == 60 and layer.num_experts == layer.expert_counts[0] == len(layer.expert_uids())
+    assert layer.vitals()["interference"].any() and layer.trend.slow > 0
+    assert not layer.vitals()["loss_fast"].any()
+
+
+def test_the_seed_s_call_decides_at_once_and_names_the_dead_and_the_born() -> None:
+    layer = new(lifecycle={"interval": 1000, "warmup_steps": 1000, "max_experts": None})
+    optimizer = AdamW(layer.parameters(), lr=1e-2)
+    dead, born = [], []
+    for number in range(12):
+        x = tokens(4, 16, seed=number)
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+        uids = layer.expert_uids()
+        gone, come = layer.execute_systemic_lifecycle(optimizer)
+        assert set(layer.expert_uids()) == (set(uids) - set(gone)) | set(come)
+        dead += gone
+        born += come
+    assert born and layer.num_experts == EXPERTS + len(born) - len(dead)
+    with pytest.raises(PopulationError, match=r"lifecycle\.enabled is False"):
+        new(lifecycle={"enabled": False}).execute_systemic_lifecycle()
+
+
+# -- several blocks in one model ---------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.first, self.between, self.second = new(seed), nn.Linear(H, H), new(seed + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.tanh(self.between(x + self.first(x))))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_blocks_of_one_model_live_their_own_lives(name: str) -> None:
+    torch.manual_seed(0)
+    model = Two()
+    optimizer = OPTIMIZERS[name](model)
+    for number in range(20):
+        step(model, [model.first, model.second], optimizer, number)
+    model.first.freeze_expert(model.first.expert_uids()[0], optimizer=optimizer)
+    for number in range(20, 30):
+        step(model, [model.first, model.second], optimizer, number)
+    assert model.first.lineage and model.second.lineage and model.first.lineage != model.second.lineage
+    for layer in (model.first, model.second):
+        assert_partition(optimizer, layer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    # The order of the groups is that of an optimizer built anew, so that its saved state loads there.
+    fresh = OPTIMIZERS[name](model)
+    trained = [[p for p in group["params"] if p.requires_grad] for group in fresh.param_groups]
+    assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(p) for p in g] for g in trained]
+
+
+def test_living_adamw_leaves_experts_of_any_block_alone_that_received_nothing() -> None:
+    model = Two()
+    optimizer = LivingAdamW(model, lr=1e-2)
+    step(model, [], optimizer, 0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    x = tokens(1, seed=3)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    received = [layer.block.vitals.since_step.clone() for layer in (model.first, model.second)]  # type: ignore[union-attr]
+    optimizer.step()
+    for name, layer, counts in (("first", model.first, received[0]), ("second", model.second, received[1])):
+        weight = layer.block.experts.weights("trainable").gate_up_proj
+        moved = (weight != before[f"{name}.block.experts.trainable.gate_up_proj"]).flatten(1).any(1)
+        assert torch.equal(moved, counts > 0) and not moved.all()
+
+
+def test_a_whole_model_s_state_is_saved_and_loaded_by_torch() -> None:
+    model = Two()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    for number in range(20):
+        step(model, [model.first, model.second], optimizer, number)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = Two(seed=7)
+    result = fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert_same(fresh.first, model.first)
+    assert_same(fresh.second, model.second)
+    assert torch.equal(fresh.between.weight, model.between.weight)
+
+
+# -- state dicts -------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), events=st.integers(0, 12))
+@settings(max_examples=15, deadline=None)
+def test_a_fresh_block_takes_up_any_life(seed: int, events: int) -> None:
+    layer = lived(events, seed)
+    fresh = new(seed + 1)
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert_same(fresh, layer)
+    # It goes on living as the other does, bit for bit.
+    optimizers = [AdamW(each.parameters(), lr=1e-2) for each in (layer, fresh)]
+    for number in range(3):
+        for each, optimizer in zip((layer, fresh), optimizers, strict=True):
+            each.block.vitals.forget()
+            step(each, [each], optimizer, number)
+    assert_same(fresh, layer)
+
+
+def test_a_shrunken_state_loads_into_a_grown_block_and_through_safetensors() -> None:
+    small = new(0)
+    for uid in (0, 1, 2):
+        small.remove_expert(uid)
+    grown = lived(10, seed=2)
+    grown.load_state_dict(load_safetensors(save_safetensors(small.state_dict())), strict=True)
+    assert grown.num_experts == EXPERTS - 3
+    assert_same(grown, small)
+
+
+def test_copies_and_pickles_live_on_alone() -> None:
+    layer = lived(6)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert_same(other, layer)
+        other.split_expert(other.expert_uids()[0])
+        assert other.num_experts == layer.num_experts + 1 and len(other.lineage) > len(layer.lineage)
+
+
+def test_an_optimizer_of_before_a_load_is_refused() -> None:
+    grown, layer = lived(8), new(1)
+    optimizer = AdamW(layer.parameters())
+    layer.load_state_dict(grown.state_dict())
+    layer(tokens(8)).sum().backward()
+    with pytest.raises(OptimizerError):
+        optimizer.step()
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no sizes": (lambda s: s.pop("block.population.slab_sizes"), "no block.population.slab_sizes"),
+    "no weights": (lambda s: s.pop("block.experts.trainable.down_proj"), "missing block.experts.trainable.down_proj"),
+    "no lineage": (lambda s: s.pop("_extra_state"), "missing _extra_state"),
+    "no clock": (lambda s: s.pop("clock.steps"), "missing clock.steps"),
+    "a stranger": (lambda s: s.update({"block.router.gate": torch.ones(1)}), "unexpected block.router.gate"),
+    "rows": (
+        lambda s: s.update({"block.router.keys.trainable": s["block.router.keys.trainable"][:-1]}),
+        "block.router.keys.trainable is",
+    ),
+    "sizes": (lambda s: s["block.population.slab_sizes"].add_(1), "does not fit"),
+    "negative sizes": (lambda s: s["block.population.slab_sizes"].fill_(-1), "not sizes of the slabs"),
+    "twins": (lambda s: s["block.population.trainable.uid"].fill_(1), "repeat"),
+    "holes": (lambda s: s["block.population.trainable.uid"][0].fill_(-1), "not a prefix"),
+    "the future": (lambda s: s["block.population.next_uid"].fill_(2), "next_uid"),
+    "kind": (
+        lambda s: s.update({"block.population.trainable.uid": s["block.population.trainable.uid"].float()}),
+        "block.population.trainable.uid is torch.float32",
+    ),
+    "noise": (lambda s: s.update({"_extra_state": torch.randint(0, 255, (99,), dtype=torch.uint8)}), "lineage"),
+    "a record": (
+        lambda s: s.update({"_extra_state": torch.tensor(list(b'[{"kind": "birth"}]'), dtype=torch.uint8)}),
+        "not a lineage record",
+    ),
+    "an object": (lambda s: s.update({"_extra_state": None}), "no lineage"),
+}
+
+
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_a_corrupt_state_is_one_clear_error_and_changes_nothing(what: str) -> None:
+    corrupt, message = CORRUPTIONS[what]
+    incoming = state(lived(8, seed=4))
+    corrupt(incoming)
+    layer = lived(5, seed=1)
+    parameters, before = list(layer.parameters()), state(layer)
+    with pytest.raises(CheckpointError, match=message):
+        layer.load_state_dict(incoming, strict=True)
+    assert all(one is other for one, other in zip(parameters, layer.parameters(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in state(layer).items())
+
+
+@pytest.mark.parametrize("arguments", [(H, WIDTH + 1), (H + 1, WIDTH)])
+def test_the_state_of_another_block_is_refused(arguments: tuple[int, int]) -> None:
+    with pytest.raises(LivingMoeError, match="build the block with the same arguments"):
+        new().load_state_dict(LivingMoeBlock.standalone(*arguments, EXPERTS, TOP_K).state_dict())
+    other, small = LivingMoeBlock.standalone(H, WIDTH, 6, 6), LivingMoeBlock.standalone(H, WIDTH, 4, 2)
+    with pytest.raises(CheckpointError, match="clades cannot serve top_k 6"):
+        other.load_state_dict(small.state_dict())
+    with pytest.raises(CheckpointError, match="not of a standalone living block"):
+        new().load_state_dict(nn.Linear(3, 3).state_dict())
+
+
+def test_a_state_without_the_block_leaves_it_alone_where_torch_allows_it() -> None:
+    model = nn.Sequential(nn.Linear(H, H), lived(4))
+    before = state(model[1])
+    result = model.load_state_dict(nn.Sequential(nn.Linear(H, H)).state_dict(), strict=False)
+    assert result.missing_keys
+    assert all(torch.equal(value, before[name]) for name, value in state(model[1]).items())
+
+
+def test_halves_keep_their_tables_and_temperature_in_full_precision() -> None:
+    layer = lived(6).bfloat16()
+    fresh = new(3).bfloat16()
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.block.experts.weights("trainable").down_proj.dtype == torch.bfloat16
+    assert fresh.block.router.learned_temperature.log_ratio.dtype == torch.float32
+    x = tokens(9).bfloat16()
+    assert torch.equal(fresh.eval()(x), layer.eval()(x)) and fresh(x).dtype == torch.bfloat16
