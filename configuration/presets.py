@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
                 "vitals": {"grad_norm_every": 10},
                 "lifecycle": {
                     "policy": "darwinian",
-                    "split_load": 2.0,
+                    "split_load": 1.4,
                     "death_load": 0.05,
                     "patience": 3,
                     "noise_std": 0.05,

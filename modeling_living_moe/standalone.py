@@ -59,8 +59,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
 
         events = layer.lifecycle_step(optimizer)
 
-    With several in one model each has its own population; call it for each. Under DistributedDataParallel wrap the
-    model anew after an event of kind "grow" or "shrink", which replaces parameters.
+    With several in one model each has its own population; call it for each. Events of kind "grow" and "shrink" replace
+    parameters, so DistributedDataParallel has to wrap the model anew: `training.distributed.WrapperKeeper` does it.
 
     Args:
         d_model, d_ff: H and I.

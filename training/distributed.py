@@ -19,13 +19,14 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from living_moe.configuration.errors import TrainingError
+from living_moe.modeling_living_moe.standalone import LivingParts
 
 
 class WrapperKeeper:
     """Keeps a data-parallel wrapper in step with the parameters of its model.
 
     Args:
-        model: The living model itself.
+        model: The living model itself, or the one that holds standalone living blocks.
         wrapped: What the training loop calls: `model`, or a wrapper of it.
 
     Raises:
@@ -61,8 +62,10 @@ class WrapperKeeper:
             rewrap(self.wrapper)
 
 
-def _population_version(model: nn.Module) -> Any:
-    return getattr(model, "population_version", None)
+def _population_version(model: nn.Module) -> int:
+    """Of a living model, or of the standalone living blocks in any other."""
+    own: int | None = getattr(model, "population_version", None)
+    return LivingParts(model).population_version if own is None else own
 
 
 def data_parallel_of(wrapped: nn.Module) -> DistributedDataParallel | None:

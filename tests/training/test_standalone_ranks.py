@@ -1,0 +1,110 @@
+"""Two processes (gloo, DDP) that train a model with standalone living blocks are one process with the whole batch.
+
+As a script, started twice by the test, it is one of the processes.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from living_moe import LivingMoeBlock, StandaloneLivingMoe
+from living_moe.training.distributed import WrapperKeeper
+from living_moe.training.optimizers import LivingAdamW
+
+H, STEPS = 16, 24
+BUSY = dict(
+    interval=2, warmup_steps=2, cooldown_steps=0, min_age_steps=4, patience=1, split_load=1.25, death_load=0.2,
+    max_experts=12, max_events_per_step=2,
+)  # fmt: skip
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sections: dict[str, Any] = {"lifecycle": BUSY, "vitals": {"grad_norm_every": 2, "signals_every": 0}}
+        self.first = LivingMoeBlock.standalone(H, 8, 6, 2, **sections)
+        self.second = LivingMoeBlock.standalone(H, 8, 6, 2, **sections)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.first(x))
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    centers = torch.randn(4, H, generator=torch.Generator().manual_seed(99)) * 2
+    which = torch.multinomial(torch.tensor([8.0, 4, 2, 1]), 64, replacement=True, generator=generator)
+    return (centers[which] + torch.randn(64, H, generator=generator)).view(4, 16, H)
+
+
+def train() -> dict[str, Any]:
+    rank, world = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    model = Model()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    keeper = WrapperKeeper(model, wrapped)
+    optimizer = LivingAdamW(model, lr=1e-2)
+    for step in range(STEPS):
+        x = batch(step).chunk(world)[rank]
+        loss = (wrapped(x) - torch.sin(x.roll(1, dims=-1) * x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for layer in (model.first, model.second):
+            layer.lifecycle_step(optimizer, loss=loss)
+        keeper.follow()
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"digest": digest.hexdigest(), "parts": [seen(model.first), seen(model.second)]}
+
+
+def seen(layer: StandaloneLivingMoe) -> dict[str, Any]:
+    events = [[e.step, e.kind, list(e.parents), list(e.children)] for e in layer.lineage]
+    return {"events": events, "uids": layer.expert_uids(), "vitality": layer.vitality().tolist()}
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env={**shared, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1], "the ranks have parted"
+    alone = train()
+    for one, both in zip(alone["parts"], ranks[0]["parts"], strict=True):
+        assert {"split", "grow"} <= {kind for _, kind, *_ in both["events"]}
+        assert one["events"] == both["events"] and one["uids"] == both["uids"]
+        torch.testing.assert_close(torch.tensor(one["vitality"]), torch.tensor(both["vitality"]), rtol=1e-3, atol=1e-3)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(train()))
+    dist.destroy_process_group()
