@@ -279,6 +279,12 @@ class VitalsConfig(Section):
     signals_every: int = 10
     #: Tokens sampled per layer and forward pass of such a step, on each rank.
     signal_tokens: int = 64
+    #: Optimizer steps between measurements of Φ (see phi.py): every measured expert runs on every sampled token; 0 is
+    #: never.
+    phi_every: int = 100
+    #: Tokens per layer and forward pass of such a step, on each rank, and experts of a layer at most, the most loaded.
+    phi_tokens: int = 32
+    phi_experts: int = 64
     #: Decay of an expert's fast and slow average of the loss credited to it, per step that brings it credit.
     fast_decay: float = 0.9
     slow_decay: float = 0.99
@@ -286,9 +292,11 @@ class VitalsConfig(Section):
     def validate(self) -> None:
         for name in ("decay", "fast_decay", "slow_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("grad_norm_every", "signals_every"):
+        for name in ("grad_norm_every", "signals_every", "phi_every"):
             self.require(name, getattr(self, name) >= 0, ">= 0")
-        self.require("signal_tokens", self.signal_tokens >= 1, ">= 1")
+        for name in ("signal_tokens", "phi_tokens"):
+            self.require(name, getattr(self, name) >= 1, ">= 1")
+        self.require("phi_experts", self.phi_experts >= 2, ">= 2")
         self.require("fast_decay", self.fast_decay < self.slow_decay, "< vitals.slow_decay")
 
 

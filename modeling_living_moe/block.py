@@ -28,6 +28,7 @@ from living_moe.configuration.sections import (
 from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.experts import ExpertPool
 from living_moe.modeling_living_moe.families import Family
+from living_moe.modeling_living_moe.phi import measured_experts, phi_evidence, sampled_outputs
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
@@ -48,6 +49,7 @@ class ForwardContext:
         token_mask: Bool (B, S), False for padding; None when every token counts.
         observe: Whether vitals count this pass (training).
         sample: The tokens whose interference and loss are measured in this pass, or None.
+        phi_sample: The tokens on which Φ is measured in this pass, or None.
         plastic: Whether keys will move by this pass.
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
         all_logits: Whether somebody reads the routers' logits.
@@ -58,6 +60,7 @@ class ForwardContext:
     token_mask: Tensor | None = None
     observe: bool = False
     sample: TokenSample | None = None
+    phi_sample: TokenSample | None = None
     plastic: bool = False
     keep_choices: bool = False
     all_logits: bool = True
@@ -138,6 +141,7 @@ class LivingMoeBlock(nn.Module):
         )
         vitals = vitals or VitalsConfig()
         self.vitals = Vitals(capacities, vitals.decay, fast_decay=vitals.fast_decay, slow_decay=vitals.slow_decay)
+        self.phi_experts = vitals.phi_experts
         plastic = plasticity is not None and plasticity.enabled
         self.plasticity = KeyPlasticity(capacities, self.router.d_key) if plastic else None
         self.shared_experts = shared
@@ -174,6 +178,8 @@ class LivingMoeBlock(nn.Module):
         if observed and context.sample is not None:
             # After the pass itself: autocast would keep weights that were cast first without a gradient.
             self._measure(hidden_TH, weights_TK, index_TK, context.sample)
+        if observed and context.phi_sample is not None:
+            self._measure_phi(hidden_TH, weights_TK, index_TK, context.phi_sample)
         output = output_TH.reshape(residual.shape)
         return output if self.shared_experts is None else output + self.shared_experts(residual)
 
@@ -203,6 +209,16 @@ class LivingMoeBlock(nn.Module):
         from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe
 
         return StandaloneLivingMoe(d_model, d_ff, n_experts, top_k, **choices)
+
+    def _measure_phi(self, hidden_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, sample: TokenSample) -> None:
+        position_S = sample.position_S.to(hidden_TH.device)
+        index_SK, alive = index_TK[position_S], self.population.alive
+        picked_M, share_M = measured_experts(self.vitals.loads(alive), self.phi_experts)
+        outputs_MSH, length_SK = sampled_outputs(
+            self.experts, hidden_TH.detach()[position_S], index_SK, picked_M, alive
+        )
+        part_SK = length_SK * weights_TK.detach()[position_S].abs()
+        self.vitals.observe_phi(phi_evidence(outputs_MSH, share_M, part_SK, sample.real_S.to(hidden_TH.device)))
 
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 

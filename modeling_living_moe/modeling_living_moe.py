@@ -219,17 +219,23 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             if self.training and input_ids is not None:
                 belongs = self.fields.observe(input_ids, mask, position_ids, gate)
                 gate = self.fields.trained_gate(gate, belongs, mask)
+        vitals = self.config.vitals
         return ForwardContext(
-            gate, mask, observe=self.training, plastic=plastic, sample=self._token_sample(given, mask)
+            gate,
+            mask,
+            observe=self.training,
+            plastic=plastic,
+            sample=self._token_sample(given, mask, vitals.signals_every, vitals.signal_tokens),
+            phi_sample=self._token_sample(given, mask, vitals.phi_every, vitals.phi_tokens),
         )
 
-    def _token_sample(self, given: Tensor, mask: Tensor | None) -> TokenSample | None:
-        """The tokens whose signals are measured, in passes of every `vitals.signals_every`-th optimizer step."""
-        every, tokens = self.config.vitals.signals_every, given.shape[0] * given.shape[1]
+    def _token_sample(self, given: Tensor, mask: Tensor | None, every: int, most: int) -> TokenSample | None:
+        """The (at most) `most` tokens that are measured, in passes of every `every`-th optimizer step."""
+        tokens = given.shape[0] * given.shape[1]
         if not (self.training and every and tokens) or (self.steps_lived + 1) % every:
             return None
         flat_mask = None if mask is None else mask.reshape(-1)
-        return spread(tokens, self.config.vitals.signal_tokens, flat_mask, given.device)
+        return spread(tokens, most, flat_mask, given.device)
 
     def _keys_move(self) -> bool:
         """Whether this pass is evidence for the keys."""

@@ -12,7 +12,7 @@ C capacity, E alive experts in slot order, T tokens, S sampled tokens, K experts
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from living_moe.modeling_living_moe.distributed import rank, world_size
 from living_moe.modeling_living_moe.gradient_sketch import SKETCH, similarity
 from living_moe.modeling_living_moe.population import KeepsDtype, RowTable
 from living_moe.modeling_living_moe.signals import credit_shares
+
+if TYPE_CHECKING:
+    from living_moe.modeling_living_moe.phi import Phi
 
 #: Step of the last event of a layer that had none.
 LONG_AGO = -1_000_000_000
@@ -37,6 +40,8 @@ COUNTED_BY = {
     "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "loss_noise": "credited",
     "conflict_cos": "compared", "conflict_magnitude": "compared", "sketch": "compared",
 }  # fmt: skip
+#: Of a layer.
+PHI = ("phi", "differentiation", "integration", "phi_peak")
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
 
@@ -143,6 +148,13 @@ class Vitals(KeepsDtype):
         # Moving averages: experts per token, and the entropy of the experts' shares of the load over its largest value.
         self.register_buffer("density", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("entropy", torch.tensor(0.0, dtype=torch.float32))
+        # The last measurement of Φ and its two factors, and the largest Φ since the last answer to a collapse.
+        for name in PHI:
+            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float32))
+        #: Measurements of Φ so far.
+        self.register_buffer("phi_count", torch.tensor(0))
+        #: `phi_evidence` of the forward passes since the last step, not summed over ranks.
+        self.pending_phi: Tensor | None = None
         #: Rows tokens, routing weight, foreign tokens, all tokens of the expert's field (of every field for the root's)
         #: per alive expert: (4, E), fp64; tokens are pairs of token and expert.
         self.pending: Tensor | None = None
@@ -158,6 +170,11 @@ class Vitals(KeepsDtype):
     last_event: Tensor
     density: Tensor
     entropy: Tensor
+    phi: Tensor
+    differentiation: Tensor
+    integration: Tensor
+    phi_peak: Tensor
+    phi_count: Tensor
 
     def reset_parameters(self) -> None:
         """Nothing lived yet; leaves alone what a checkpoint has loaded."""
@@ -165,6 +182,9 @@ class Vitals(KeepsDtype):
         init.constant_(self.last_event, LONG_AGO)
         init.zeros_(self.density)
         init.zeros_(self.entropy)
+        for name in PHI:
+            init.zeros_(getattr(self, name))
+        init.zeros_(self.phi_count)
 
     def table(self, slab: str) -> VitalsTable:
         return self.get_submodule(slab)  # type: ignore[return-value]
@@ -244,6 +264,23 @@ class Vitals(KeepsDtype):
     def forget(self) -> None:
         """Drop what was observed since the last step."""
         self.pending = self.pending_signals = self.pending_tokens = self.since_step = self.sample = None
+        self.pending_phi = None
+
+    def loads(self, alive: dict[str, int]) -> Tensor:
+        """Moving average of the load of the alive experts, fp32 (E,)."""
+        return torch.cat([self.table(slab).load[:count] for slab, count in alive.items()])
+
+    def observe_phi(self, evidence: Tensor) -> None:
+        """Add one forward pass's `phi_evidence`."""
+        self.pending_phi = evidence if self.pending_phi is None else self.pending_phi + evidence
+
+    @torch.no_grad()
+    def fold_phi(self, found: Phi, measured: Tensor) -> None:
+        """Take one step's Φ, of all ranks, if it was `measured` (bool, 0-dim)."""
+        for name, value in zip(PHI, found, strict=False):
+            getattr(self, name).copy_(torch.where(measured, value, getattr(self, name)))
+        self.phi_peak.copy_(torch.maximum(self.phi_peak, self.phi))
+        self.phi_count += measured
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
@@ -259,6 +296,8 @@ class Vitals(KeepsDtype):
             self.pending = moved(self.pending)
         if self.pending_signals is not None:
             self.pending_signals = moved(self.pending_signals)
+        # Of pairs of experts that are others now; the next measurement is of these.
+        self.pending_phi = None
         if self.since_step is not None:
             self.since_step = moved(self.since_step)
         if self.sample is not None:

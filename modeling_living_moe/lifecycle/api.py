@@ -36,8 +36,9 @@ from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposa
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
+from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import SHOWN, Sample, count_dtype, load_entropy
+from living_moe.modeling_living_moe.vitals import PHI, SHOWN, Sample, count_dtype, load_entropy
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -107,6 +108,15 @@ class LifecycleMixin:
         vitals = self.living_block(layer).vitals
         return {"density": vitals.density.clone(), "entropy": vitals.entropy.clone()}
 
+    def phi(self, layer: int) -> dict[str, Tensor]:
+        """Whether a layer's experts are different functions that work together (see phi.py), 0-dim, each in [0, 1].
+
+        `phi`, its factors `differentiation` and `integration`, as measured last (every `vitals.phi_every` steps), and
+        `phi_peak`, the largest Φ since the layer's last answer to a collapse. What was not measured yet is 0.
+        """
+        vitals = self.living_block(layer).vitals
+        return {name: getattr(vitals, name).clone() for name in PHI}
+
     @property
     def lineage(self) -> Lineage:
         """Every event so far, oldest first."""
@@ -129,7 +139,8 @@ class LifecycleMixin:
         """What the whole model shows, one transfer from the device.
 
         Means over the experts it was measured for: interference, divergence and conflict (cosine of the gradient with
-        its running mean). Means over layers: density and entropy. The step at which the phase began: phase_since.
+        its running mean). Means over layers: density and entropy, and phi, differentiation and integration over those
+        where Φ was measured. The step at which the phase began: phase_since.
         What was not measured yet is left out.
         """
         blocks, device = self.living_blocks, self._life.drift.phase.device
@@ -147,6 +158,10 @@ class LifecycleMixin:
             numbers[name] = (column(shown) * known).sum() / known.sum()
         for name in ("density", "entropy"):
             numbers[name] = torch.stack([getattr(block.vitals, name).to(device) for block in blocks]).mean()
+        measured = torch.stack([block.vitals.phi_count.to(device) for block in blocks]) > 0
+        for name in ("phi", "differentiation", "integration"):
+            layers = torch.stack([getattr(block.vitals, name).to(device) for block in blocks])
+            numbers[name] = (layers * measured).sum() / measured.sum()
         numbers["phase_since"] = self._life.drift.began
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         return {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
@@ -548,6 +563,8 @@ class LifecycleMixin:
         every, sampling = self.config.vitals.grad_norm_every, self.config.vitals.signals_every
         reads, samples = bool(every) and step % every == 0, bool(sampling) and step % sampling == 0
         rate = self.config.router.bias_update_rate
+        if (phi_every := self.config.vitals.phi_every) and step % phi_every == 0:
+            self._fold_phi()
         evidence, drift_sums = self._step_evidence()
         self._follow_drift(evidence, drift_sums, step)
         for block, (counts, signals, tokens) in zip(self.living_blocks, evidence, strict=True):
@@ -568,6 +585,21 @@ class LifecycleMixin:
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending()))
+
+    def _fold_phi(self) -> None:
+        """Φ of the step's sample, of all ranks, by the loads before this step, with which it was taken."""
+        taken: list[tuple[LivingMoeBlock, Tensor, Tensor]] = []
+        for block in self.living_blocks:
+            _, share_M = measured_experts(block.vitals.loads(block.population.alive), block.phi_experts)
+            nothing = share_M.new_zeros(len(share_M) ** 2 + 2)
+            mine, block.vitals.pending_phi = block.vitals.pending_phi, None
+            taken.append((block, nothing if mine is None else mine, share_M))
+        device = taken[0][1].device
+        sums = sum_over_ranks(torch.cat([evidence.to(device) for _, evidence, _ in taken]))
+        parts = sums.split([len(evidence) for _, evidence, _ in taken])
+        for (block, _, share_M), evidence in zip(taken, parts, strict=True):
+            evidence = evidence.to(share_M.device)
+            block.vitals.fold_phi(phi_of(evidence, share_M), evidence[-1] > 0)
 
     def _follow_drift(self, evidence: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, step: int) -> None:
         """Show the drift detector this step's signals."""
