@@ -31,6 +31,7 @@ from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.presets import known_preset, preset_sections
 from living_moe.configuration.sections import (
     SECTIONS,
+    EscapeConfig,
     ExpertsConfig,
     LifecycleConfig,
     PlasticityConfig,
@@ -103,8 +104,8 @@ class LivingMoeConfig(PreTrainedConfig):
             > 0; a slab without experts is left out. Layers with a past also hold "facets", "leaves" and "tombstones",
             the sizes of those tables. None until a model fills it.
         num_fields: Newborn receptive fields the checkpoint holds, the sleeping one included (see `receptive_field`).
-        router, experts, trainable, vitals, plasticity, receptive_field, lifecycle: The sections (see sections.py), as
-            an instance (kept as one) or a dict of the fields that differ from the defaults.
+        router, experts, trainable, vitals, plasticity, receptive_field, lifecycle, escape: The sections (see
+            sections.py), as an instance (kept as one) or a dict of the fields that differ from the defaults.
         provenance: Where the model comes from and what was measured, as its model card tells it: base_model, family,
             datasets, perplexities, ... A record, read by nobody else.
         **kwargs: What `PreTrainedConfig` takes, and fields of the backbone, which are written to `backbone_config`.
@@ -132,6 +133,7 @@ class LivingMoeConfig(PreTrainedConfig):
     plasticity: PlasticityConfig = dataclasses.field(default_factory=PlasticityConfig)
     receptive_field: ReceptiveFieldConfig = dataclasses.field(default_factory=ReceptiveFieldConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
+    escape: EscapeConfig = dataclasses.field(default_factory=EscapeConfig)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     if TYPE_CHECKING:
@@ -364,6 +366,8 @@ class LivingMoeConfig(PreTrainedConfig):
                 "frozen parents. Set experts.freeze_pretrained, or turn receptive_field.enabled off (preset 'grow')."
             )
         top_k = self.num_experts_per_tok or 1
+        if self.escape.enabled:
+            self._validate_escape(top_k)
         for name in ("min_experts", "max_experts"):
             bound = getattr(self.lifecycle, name)
             if bound is not None and bound < top_k:
@@ -375,6 +379,26 @@ class LivingMoeConfig(PreTrainedConfig):
         self.experts.require_layers(self.num_hidden_layers if self.populations is None else len(self.populations))
         if self.populations is not None:
             self._validate_populations(self.populations, top_k)
+
+    def _validate_escape(self, top_k: int) -> None:
+        where = f"escape.space is {self.escape.space!r}, but"
+        if self.receptive_field.enabled:
+            raise ConfigurationError(
+                f"{where} receptive_field.enabled protects the outputs on old text, which an escape changes; turn one "
+                f"of them off."
+            )
+        if top_k < 2:
+            raise ConfigurationError(
+                f"{where} num_experts_per_tok is {top_k}: with one expert per token Φ is always 0 and cannot collapse; "
+                f"raise num_experts_per_tok."
+            )
+        for name in ("grad_norm_every", "phi_every"):
+            every = getattr(self.vitals, name)
+            if not 1 <= every <= self.escape.window:
+                raise ConfigurationError(
+                    f"{where} vitals.{name} is {every}: it must be measured in every window of {self.escape.window} "
+                    f"steps; set it from 1 to escape.window."
+                )
 
     def _validate_populations(self, populations: list[dict[str, int]], top_k: int) -> None:
         _in_slot_order(populations)

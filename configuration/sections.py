@@ -481,6 +481,46 @@ class LifecycleConfig(Section):
         self.require("max_experts", self.max_experts is None or self.max_experts >= floor, f"None or >= {floor}")
 
 
+@dataclass(kw_only=True)
+class EscapeConfig(Section):
+    """Topological escape: blocks that stagnate work in another space for a time (see escape/)."""
+
+    section_name: ClassVar[str] = "escape"
+
+    #: Where to: none (no parameters), poincare (a ball of learned curvature), fourier (frequencies of the features).
+    space: str = "none"
+    #: Optimizer steps of a window; the trend of loss and gradient norm is the change of their means between two.
+    window: int = 200
+    #: Windows in a row whose trends must be flat for training to stagnate.
+    patience: int = 2
+    #: Relative changes between windows that are no trend.
+    loss_tolerance: float = 0.01
+    grad_tolerance: float = 0.1
+    #: Φ of a layer has collapsed below this share of its running maximum.
+    collapse: float = 0.5
+    #: A block leaves when the loss falls again, or after so many optimizer steps.
+    max_steps: int = 2000
+    #: Steps over which the gate of a block that leaves fades out.
+    leave_steps: int = 200
+    #: Steps after closing before the block may go again.
+    rest_steps: int = 1000
+    #: poincare: c at the start, for curvature -c.
+    curvature: float = 1.0
+
+    def validate(self) -> None:
+        self.require_one_of("space", ("none", "poincare", "fourier"))
+        for name in ("window", "patience", "max_steps", "leave_steps"):
+            self.require(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("loss_tolerance", "grad_tolerance", "rest_steps"):
+            self.require(name, getattr(self, name) >= 0, ">= 0")
+        self.require("collapse", 0 < self.collapse <= 1, "in (0, 1]")
+        self.require("curvature", 1e-3 <= self.curvature <= 1e3, "from 0.001 to 1000")
+
+    @property
+    def enabled(self) -> bool:
+        return self.space != "none"
+
+
 #: The sections of a `LivingMoeConfig`, by the name of the field that holds each.
 SECTIONS: dict[str, type[Section]] = {
     section.section_name: section
@@ -492,5 +532,6 @@ SECTIONS: dict[str, type[Section]] = {
         PlasticityConfig,
         ReceptiveFieldConfig,
         LifecycleConfig,
+        EscapeConfig,
     )
 }

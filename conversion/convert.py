@@ -27,6 +27,8 @@ from living_moe.conversion.tables import BLOCK_TENSORS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.drift import DriftDetector
+from living_moe.modeling_living_moe.escape.detector import StagnationDetector
+from living_moe.modeling_living_moe.escape.module import Escape
 from living_moe.modeling_living_moe.families import Family, family_of
 from living_moe.modeling_living_moe.modeling_living_moe import Clock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
@@ -264,6 +266,9 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         router.selection = selection_rule(router.scoring, living.config.router).to(device)
         if block.plasticity is not None:
             block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)
+        if block.escape is not None:
+            escape = Escape(router.hidden_size, living.config.escape, block.layer)
+            block.escape = escape.to(device=device, dtype=living.dtype)
         old = block.vitals
         block.vitals = Vitals(capacities, old.decay, fast_decay=old.fast_decay, slow_decay=old.slow_decay).to(device)
     if base.fields is not None:
@@ -272,6 +277,8 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
     base.clock = Clock().to(device)
     base.drift = DriftDetector().to(device)
     base.trend = LossTrend().to(device)
+    if base.stagnation is not None:
+        base.stagnation = StagnationDetector(base.config.escape).to(device)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -34,6 +34,7 @@ from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import staged_directory
 from living_moe.modeling_living_moe.deltas import FIELD_DELTAS, FieldDelta
+from living_moe.modeling_living_moe.escape.module import CLOSED
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.population import NOBODY, ROOT_FIELD, Address
 from living_moe.modeling_living_moe.receptive_field import FieldGate
@@ -81,6 +82,12 @@ def export(
         )
     if getattr(living, "_hf_peft_config_loaded", False):
         raise ConversionError("adapters are attached to the model; merge or delete them before exporting.")
+    escaped = [b.layer for b in living.living_blocks if b.escape is not None and b.escape.now.state != CLOSED]
+    if escaped:
+        raise ConversionError(
+            f"layers {escaped} work in another space ({living.config.escape.space}), which the source family does not "
+            f"know; let them return first (model.leave_escape, then escape.leave_steps lifecycle steps)."
+        )
     family = family_of(living.config.backbone_config)
     if to not in ("auto", family.model_type):
         raise ConversionError(

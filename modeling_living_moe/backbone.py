@@ -24,6 +24,9 @@ from living_moe.configuration.slabs import SLABS, slab_name
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.deltas import DownMaps, GateHolder, UpMaps, attach_deltas
 from living_moe.modeling_living_moe.drift import DriftDetector
+from living_moe.modeling_living_moe.escape.detector import StagnationDetector
+from living_moe.modeling_living_moe.escape.module import Escape, FourierMap, PoincareMap
+from living_moe.modeling_living_moe.escape.spaces import PoincareBall
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
@@ -85,6 +88,7 @@ class LivingBackbone:
                 trainable=config.trainable,
                 vitals=config.vitals,
                 plasticity=config.plasticity,
+                escape=config.escape,
                 shared=getattr(source, family.shared_attribute) if family.shared_attribute else None,
             )
             setattr(layer, family.block_attribute, block)
@@ -118,8 +122,8 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, KeyPlasticity, LearnedTemperature, LossTrend, PackedTernary, Population, ReceptiveFields,
-    RowTable, TopAny, UpMaps, Vitals,
+    DownMaps, DriftDetector, Escape, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend, PackedTernary,
+    PoincareBall, PoincareMap, Population, ReceptiveFields, RowTable, StagnationDetector, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from living_moe.configuration.sections import (
+    EscapeConfig,
     ExpertsConfig,
     PlasticityConfig,
     RouterConfig,
@@ -26,6 +27,7 @@ from living_moe.configuration.sections import (
     VitalsConfig,
 )
 from living_moe.configuration.slabs import SLABS
+from living_moe.modeling_living_moe.escape.module import Escape
 from living_moe.modeling_living_moe.experts import ExpertPool
 from living_moe.modeling_living_moe.families import Family
 from living_moe.modeling_living_moe.phi import measured_experts, phi_evidence, sampled_outputs
@@ -111,6 +113,7 @@ class LivingMoeBlock(nn.Module):
         trainable: TrainableConfig | None = None,
         vitals: VitalsConfig | None = None,
         plasticity: PlasticityConfig | None = None,
+        escape: EscapeConfig | None = None,
         shared: nn.Module | None = None,
     ):
         super().__init__()
@@ -144,6 +147,7 @@ class LivingMoeBlock(nn.Module):
         self.phi_experts = vitals.phi_experts
         plastic = plasticity is not None and plasticity.enabled
         self.plasticity = KeyPlasticity(capacities, self.router.d_key) if plastic else None
+        self.escape = Escape(hidden, escape, layer) if escape is not None and escape.enabled else None
         self.shared_experts = shared
         self.context: ForwardContext | None = None
 
@@ -180,6 +184,8 @@ class LivingMoeBlock(nn.Module):
             self._measure(hidden_TH, weights_TK, index_TK, context.sample)
         if observed and context.phi_sample is not None:
             self._measure_phi(hidden_TH, weights_TK, index_TK, context.phi_sample)
+        if self.escape is not None:
+            output_TH = self.escape(output_TH)
         output = output_TH.reshape(residual.shape)
         return output if self.shared_experts is None else output + self.shared_experts(residual)
 

@@ -251,6 +251,7 @@ class CheckpointMixin:
 _CONCERNS: tuple[tuple[str, str | None], ...] = (
     ("field_deltas.", None),
     ("head_delta.", None),
+    (".escape.", None),
     (".router.query.", "query_networks"),
     (".router.learned_temperature.", "query_networks"),
     (".embed_tokens.", "embeddings"),

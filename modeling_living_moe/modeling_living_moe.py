@@ -31,6 +31,7 @@ from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import CheckpointMixin
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.drift import DriftDetector
+from living_moe.modeling_living_moe.escape.detector import StagnationDetector
 from living_moe.modeling_living_moe.evidence import evidence_history, remember
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
@@ -130,6 +131,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         self.clock = Clock()
         self.drift = DriftDetector()
         self.trend = LossTrend()
+        self.stagnation = StagnationDetector(config.escape) if config.escape.enabled else None
         self._steps: int | None = None
         self.lineage_ = Lineage()
         self.post_init()

@@ -27,16 +27,19 @@ from living_moe.modeling_living_moe.distributed import (
     world_size,
 )
 from living_moe.modeling_living_moe.drift import LOSS, NEW_DATA, SELF_PRESERVATION, step_signals
+from living_moe.modeling_living_moe.escape.detector import GRADIENT as GRADIENT_TREND
+from living_moe.modeling_living_moe.escape.detector import LOSS as LOSS_TREND
+from living_moe.modeling_living_moe.escape.module import CLOSED, OPEN, STATES, Escape
 from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
 from living_moe.modeling_living_moe.lifecycle import operations
-from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
+from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent, LifecycleKind
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
-from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
+from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, forget_state, join_optimizer
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
-from living_moe.modeling_living_moe.phi import measured_experts, phi_of
+from living_moe.modeling_living_moe.phi import measured_experts, phi_collapsed, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import PHI, SHOWN, Sample, count_dtype, load_entropy
 
@@ -140,7 +143,7 @@ class LifecycleMixin:
 
         Means over the experts it was measured for: interference, divergence and conflict (cosine of the gradient with
         its running mean). Means over layers: density and entropy, and phi, differentiation and integration over those
-        where Φ was measured. The step at which the phase began: phase_since.
+        where Φ was measured. Layers in another space: escaped. The step at which the phase began: phase_since.
         What was not measured yet is left out.
         """
         blocks, device = self.living_blocks, self._life.drift.phase.device
@@ -162,6 +165,9 @@ class LifecycleMixin:
         for name in ("phi", "differentiation", "integration"):
             layers = torch.stack([getattr(block.vitals, name).to(device) for block in blocks])
             numbers[name] = (layers * measured).sum() / measured.sum()
+        escapes = [block.escape for block in blocks if block.escape is not None]
+        if escapes:
+            numbers["escaped"] = torch.stack([(escape.state > 0).to(device) for escape in escapes]).sum()
         numbers["phase_since"] = self._life.drift.began
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         return {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
@@ -461,7 +467,7 @@ class LifecycleMixin:
             The events that happened, in order; empty on most steps.
         """
         self._live_a_step()
-        return self.decide_events(optimizer)
+        return self._step_escapes(optimizer) + self.decide_events(optimizer)
 
     def _live_a_step(self) -> None:
         """The first half of `lifecycle_step`: vitals, keys, the clock."""
@@ -543,6 +549,105 @@ class LifecycleMixin:
             return
         yield self._happen(single[proposal.kind](block, uid, around, proposal.reason), optimizer)
 
+    # -- topological escape ----------------------------------------------------------------------------------------
+
+    def escape_state(self, layer: int) -> str:
+        """Whether a block works in the other space of the section `escape`: closed, open, or leaving.
+
+        Raises:
+            PopulationError: No such layer, or `escape.space` is none.
+        """
+        return STATES[self._escape(layer).now.state]
+
+    def open_escape(self, layer: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
+        """Let a block enter the other space, through a gate of zero: no output changes.
+
+        `lifecycle_step` does it when training stagnates and the layer's Φ has collapsed (see escape/detector.py).
+
+        Args:
+            optimizer: Forgets what it remembers of the map's parameters, so that the next step is their first.
+
+        Raises:
+            PopulationError: As `escape_state`, or the block is not closed.
+        """
+        escape = self._escape(layer)
+        if escape.now.state != CLOSED:
+            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only a closed one opens.")
+        return self._enter(layer, REQUEST, optimizer)
+
+    def leave_escape(self, layer: int) -> LifecycleEvent:
+        """Let a block leave: its gate fades out over `escape.leave_steps` lifecycle steps, then it is closed.
+
+        Raises:
+            PopulationError: As `escape_state`, or the block is not open.
+        """
+        escape = self._escape(layer)
+        if escape.now.state != OPEN:
+            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only an open one is left.")
+        return self._return(layer, REQUEST)
+
+    def _escape(self, layer: int) -> Escape:
+        escape = self.living_block(layer).escape
+        if escape is None:
+            raise PopulationError(f"layer {layer}: this model has no escape; set escape.space to poincare or fourier.")
+        return escape
+
+    def _enter(self, layer: int, reason: Reason, optimizer: Optimizer | None) -> LifecycleEvent:
+        escape = self._escape(layer)
+        forget_state(optimizer, escape)
+        escape.open(self.steps_lived)
+        return self._log_escape("escape", layer, reason)
+
+    def _return(self, layer: int, reason: Reason) -> LifecycleEvent:
+        self._escape(layer).leave(self.steps_lived)
+        return self._log_escape("return", layer, reason)
+
+    def _log_escape(self, kind: LifecycleKind, layer: int, reason: Reason) -> LifecycleEvent:
+        event = LifecycleEvent(
+            kind=kind, step=self.steps_lived, layer=layer, parents=(), children=(), metric=reason.metric,
+            value=reason.value, threshold=reason.threshold,
+        )  # fmt: skip
+        self.lineage.append(event)
+        return event
+
+    def _step_escapes(self, optimizer: Optimizer | None) -> list[LifecycleEvent]:
+        """One optimizer step of every escape; at the end of a window, who goes and who returns."""
+        detector, settings, step = self._life.stagnation, self.config.escape, self.steps_lived
+        if detector is None:
+            return []
+        for block in self.living_blocks:
+            if self._escape(block.layer).tick(step):
+                forget_state(optimizer, self._escape(block.layer))
+                # The next collapse is one from here.
+                block.vitals.phi_peak.copy_(block.vitals.phi)
+        if step % settings.window:
+            return []
+        detector.end_window()
+        device = detector.fall.device
+        measured = [(block.vitals.phi.to(device), block.vitals.phi_peak.to(device)) for block in self.living_blocks]
+        phis, peaks = (torch.stack(each) for each in zip(*measured, strict=True))
+        collapsed = phi_collapsed(phis, peaks, settings.collapse)
+        verdict = torch.cat([torch.stack([detector.stagnates(), detector.falling()]).float(), collapsed.float()])
+        # One transfer per window.
+        figures = torch.cat([verdict, detector.fall.view(1), phis, peaks]).tolist()
+        layers = len(self.living_blocks)
+        (stagnates, falling), collapses, fall = figures[:2], figures[2 : 2 + layers], figures[2 + layers]
+        events = []
+        for block, collapse, phi, peak in zip(
+            self.living_blocks, collapses, figures[3 + layers : 3 + 2 * layers], figures[3 + 2 * layers :], strict=True
+        ):
+            now = self._escape(block.layer).now
+            lived = step - now.since
+            if now.state == CLOSED and stagnates and collapse and step >= now.rest_until:
+                events.append(self._enter(block.layer, Reason("phi", phi, settings.collapse * peak), optimizer))
+            elif now.state == OPEN and lived >= settings.window and falling:
+                events.append(self._return(block.layer, Reason("loss fall", fall, settings.loss_tolerance)))
+            elif now.state == OPEN and lived >= settings.max_steps:
+                events.append(self._return(block.layer, Reason("steps", float(lived), float(settings.max_steps))))
+        if world_size() > 1:
+            require_agreement("escapes", fingerprint((), repr(events)))
+        return events
+
     def _circumstances(self) -> Circumstances:
         around, budget = self._surroundings(), self.config.experts.memory_budget_mib
         return Circumstances(
@@ -567,8 +672,12 @@ class LifecycleMixin:
             self._fold_phi()
         evidence, drift_sums = self._step_evidence()
         self._follow_drift(evidence, drift_sums, step)
+        stagnation, squares = self._life.stagnation, []
+        if stagnation is not None:
+            stagnation.observe(LOSS_TREND, drift_sums[0] / drift_sums[1].clamp_min(1), drift_sums[1] > 0)
         for block, (counts, signals, tokens) in zip(self.living_blocks, evidence, strict=True):
             norms, sketches = _gradients(block) if reads else (None, None)
+            squares += [norm.square().sum().to(drift_sums) for norm in (norms or {}).values()]
             block.vitals.fold(
                 counts,
                 block.population.alive,
@@ -582,6 +691,8 @@ class LifecycleMixin:
             if isinstance(block.router.selection, TopAny):
                 block.router.selection.steer(counts[0].sum() / tokens.clamp_min(1))
             block.vitals.pending = block.vitals.pending_signals = block.vitals.pending_tokens = None
+        if stagnation is not None and squares:
+            stagnation.observe(GRADIENT_TREND, torch.stack(squares).sum().sqrt())
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending()))
@@ -693,5 +804,5 @@ def _gathered_choices(block: LivingMoeBlock) -> Tensor | None:
 
 
 def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:
-    """Events that changed experts, leaving out slab growth and shrinkage."""
-    return (event for event in events if event.kind not in ("grow", "shrink"))
+    """Events that changed experts, leaving out slab growth and shrinkage, and what blocks did as a whole."""
+    return (event for event in events if event.kind not in ("grow", "shrink", "escape", "return"))

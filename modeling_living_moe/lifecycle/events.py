@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 
 from living_moe.configuration.errors import CheckpointError
 
-LifecycleKind = Literal["split", "merge", "death", "freeze", "thaw", "part", "grow", "shrink", "field"]
+LifecycleKind = Literal[
+    "split", "merge", "death", "freeze", "thaw", "part", "grow", "shrink", "field", "escape", "return"
+]
 #: Layer of events that concern the whole model.
 EVERY_LAYER = -1
 
@@ -19,7 +21,8 @@ class LifecycleEvent:
 
     A split's parent lives on; its only child is the newborn. A merge's child is the surviving parent. `part` ends a
     clade: its members become clades of their own. `grow` and `shrink` change a slab's capacity and touch no expert.
-    `field` is the birth of a receptive field, of all layers (`EVERY_LAYER`); its number is the only child.
+    `field` is the birth of a receptive field, of all layers (`EVERY_LAYER`); its number is the only child. With
+    `escape` a block begins to work in another space, with `return` it begins to leave it; they touch no expert.
     """
 
     kind: LifecycleKind

@@ -161,6 +161,18 @@ def join_optimizer(model: nn.Module, optimizer: Optimizer | None, joining: Seque
     return surgeon()(optimizer, model, (), joining)
 
 
+@torch.no_grad()
+def forget_state(optimizer: Optimizer | None, module: nn.Module) -> None:
+    """Make an optimizer's next step of a module's parameters their first: moments, momenta and step counts of zero."""
+    for parameter in module.parameters() if optimizer is not None else ():
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = type(value)(0)
+
+
 class LayerDraft:
     """A layer as it will be after an event, to be changed freely and then staged."""
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.escape.module import Escape
 from living_moe.modeling_living_moe.plasticity import consolidate
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 
@@ -76,6 +77,17 @@ def untrained_mlp(family: str) -> LivingMoeForCausalLM:
     return model
 
 
+def escaped(family: str, space: str) -> LivingMoeForCausalLM:
+    """Every block works in another space, by a map that has learned."""
+    model = living_model(family, sections={"escape": {"space": space}})
+    generator = torch.Generator().manual_seed(8)
+    for block in model.living_blocks:
+        block.escape.open(0)
+        for parameter in block.escape.parameters():
+            parameter.data.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "mixtral": lambda: living_model("mixtral"),
     "qwen": lambda: living_model("qwen3_moe"),
@@ -99,6 +111,8 @@ CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "grown, qwen": lambda: grown("qwen3_moe"),
     "grown, deepseek": lambda: grown("deepseek_v3"),
     "grown, fields": lambda: grown("qwen3_moe", "frozen-graft"),
+    "escaped, poincare": lambda: escaped("mixtral", "poincare"),
+    "escaped, fourier": lambda: escaped("qwen3_moe", "fourier"),
     "plastic": lambda: living_model("mixtral"),
     "plastic, some": lambda: living_model("qwen3_moe", "some"),
 }
@@ -221,6 +235,12 @@ def test_the_cases_hold_what_they_are_named_for() -> None:
             gate = fields(text(0))
             assert 0 < int((gate.index > 0).sum()) < gate.index.numel(), case
             assert any(member.field for population in populations for member in population.members)
+        if "escaped" in case:
+            away = logits(model, text(0))
+            home = copy.deepcopy(model)
+            for block in home.living_blocks:
+                block.escape.gate.data.zero_()
+            assert relative_difference(away, logits(home, text(0))) > 1e-2, case
         if "top-any" in case:
             chosen = chosen_by(model)
             assert (chosen < 0).any() and (chosen[:, 1] >= 0).any(), case
@@ -251,6 +271,18 @@ def test_a_block_that_mixes_in_the_mean_of_the_batch_is_caught(monkeypatch: pyte
     )
     assert leak_from_other_rows("mixtral", 0, seed=1, padded=False) > EXACT
     assert leak_from_the_future("mixtral", 6, seed=1) <= EXACT
+
+
+def test_an_escape_along_the_sequence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies of the sequence, say, in place of those of the features."""
+    honest = Escape.forward
+
+    def along(self: Escape, x_TH: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x_TH, dim=0)
+        return honest(self, x_TH) + 1e-3 * torch.fft.irfft(spectrum * spectrum.abs(), n=len(x_TH), dim=0)
+
+    monkeypatch.setattr(Escape, "forward", along)
+    assert leak_from_the_future("escaped, fourier", 6, seed=1) > EXACT
 
 
 def test_a_gate_that_opens_by_the_whole_text_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
