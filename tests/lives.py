@@ -48,6 +48,21 @@ def calm_model(preset: str = "grow") -> LivingMoeForCausalLM:
     return busy_model(preset, experts=experts, attention_dropout=0.0, router_jitter_noise=0.0)
 
 
+def escaping_model() -> LivingMoeForCausalLM:
+    """A calm model without a lifecycle whose first layer goes to another space at step 4 and begins to return at 8."""
+    model = living_model(
+        "mixtral",
+        sections={
+            "lifecycle": {"enabled": False},
+            "vitals": {"phi_every": 2, "grad_norm_every": 1, "phi_tokens": 64},
+            "escape": {"space": "poincare", "window": 2, "patience": 1, "loss_tolerance": 0.9, "grad_tolerance": 9.0,
+                       "max_steps": 4, "leave_steps": 3},
+        },
+    )  # fmt: skip
+    model.living_block(0).vitals.phi_peak.fill_(10.0)
+    return model
+
+
 def blocks(number: int = 48, length: int = 16, seed: int = 5) -> Tensor:
     """Token blocks, (number, length), of a skewed distribution: routers have something to prefer."""
     generator = torch.Generator().manual_seed(seed)

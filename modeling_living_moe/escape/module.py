@@ -199,7 +199,7 @@ class _Through(torch.autograd.Function):
         return torch.where(gate == 0, x_TH, x_TH + gate.to(x_TH.dtype) * away_TH)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         away_TH, gate = ctx.saved_tensors
         by_gate = (grad_TH.to(gate.dtype) * away_TH.to(gate.dtype)).sum().view(1)
         return grad_TH, gate.to(grad_TH.dtype) * grad_TH, by_gate
@@ -214,7 +214,7 @@ class _TakePart(torch.autograd.Function):
         return x_TH.view_as(x_TH)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, ...]:
         return grad_TH, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 

@@ -164,7 +164,9 @@ def join_optimizer(model: nn.Module, optimizer: Optimizer | None, joining: Seque
 @torch.no_grad()
 def forget_state(optimizer: Optimizer | None, module: nn.Module) -> None:
     """Make an optimizer's next step of a module's parameters their first: moments, momenta and step counts of zero."""
-    for parameter in module.parameters() if optimizer is not None else ():
+    if optimizer is None:
+        return
+    for parameter in module.parameters():
         state = optimizer.state.get(parameter, {})
         for name, value in state.items():
             if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import STEPS, blocks, build, calm_model, signals
+from lives import STEPS, blocks, build, calm_model, escaping_model, signals
 
 from living_moe.training.data import BlockLoader
 
@@ -71,6 +71,19 @@ def test_two_processes_are_one_process_with_their_global_batch(preset: str, rank
         assert any(ours["interference"]) and any(ours["loss_slow"])
         for name, values in ours.items():
             assert theirs[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
+
+
+def test_two_processes_measure_phi_and_escape_as_one(ranks: list[Seen]) -> None:
+    alone = build(escaping_model(), data=BlockLoader(blocks(), 8, seed=3), max_steps=STEPS)
+    alone.model.config.vitals.phi_tokens *= 2  # as many as both ranks sample
+    alone.run()
+    first, second = (seen["escape"] for seen in ranks)
+    assert first == second, "the ranks have parted"
+    events = [[event.step, event.kind] for event in alone.model.lineage]
+    assert first["events"] == events == [[4, "escape"], [8, "return"]]
+    assert first["losses"] == pytest.approx([record.loss for record in alone.records], abs=1e-5)
+    assert first["phi"] == pytest.approx([float(alone.model.phi(layer)["phi"]) for layer in range(2)], rel=1e-4)
+    assert first["resumed_is_the_same"]
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_both_before_the_step(ranks: list[Seen]) -> None:

@@ -14,7 +14,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from lives import STEPS, blocks, build, busy_model, calm_model, signals  # noqa: E402
+from lives import STEPS, blocks, build, busy_model, calm_model, escaping_model, signals  # noqa: E402
 
 from living_moe.configuration.errors import LivingMoeError  # noqa: E402
 from living_moe.training.checkpointing import load_model  # noqa: E402
@@ -49,13 +49,14 @@ def seen(trainer: Any) -> dict[str, Any]:
         "digest": digest(trainer.model, trainer.optimizer),
         "capacities": [block.capacities() for block in trainer.model.living_blocks],
         "signals": signals(trainer.model),
+        "phi": [float(trainer.model.phi(layer)["phi"]) for layer in range(len(trainer.model.living_blocks))],
     }
 
 
-def live(preset: str, folder: Path) -> dict[str, Any]:
+def live(model: Any, folder: Path) -> dict[str, Any]:
     """The whole run, and the run that is resumed from its middle."""
     accelerator = living_accelerator()
-    trainer = build(calm_model(preset), data=loader(), accelerator=accelerator, max_steps=STEPS)
+    trainer = build(model, data=loader(), accelerator=accelerator, max_steps=STEPS)
     trainer.hooks.append(lambda t, r: t.save(folder / "checkpoint-7") if r.step == 7 else None)
     trainer.run()
     whole = seen(trainer)
@@ -117,9 +118,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(1)
     scenarios = {
-        "grow": lambda place: live("grow", place),
-        "frozen-graft": lambda place: live("frozen-graft", place),
-        "ternary": lambda place: live("ternary", place),
+        "grow": lambda place: live(calm_model("grow"), place),
+        "frozen-graft": lambda place: live(calm_model("frozen-graft"), place),
+        "ternary": lambda place: live(calm_model("ternary"), place),
+        "escape": lambda place: live(escaping_model(), place),
         "trainer": under_trainer,
         "diverge": diverge,
     }
