@@ -368,6 +368,11 @@ class LivingMoeConfig(PreTrainedConfig):
         top_k = self.num_experts_per_tok or 1
         if self.escape.enabled:
             self._validate_escape(top_k)
+        if self.lifecycle.phi_trigger is not None and not self.vitals.phi_every:
+            raise ConfigurationError(
+                f"lifecycle.phi_trigger is {self.lifecycle.phi_trigger} but vitals.phi_every is 0, so Φ is never "
+                f"measured; set vitals.phi_every, or leave the trigger out."
+            )
         for name in ("min_experts", "max_experts"):
             bound = getattr(self.lifecycle, name)
             if bound is not None and bound < top_k:

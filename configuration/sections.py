@@ -424,6 +424,9 @@ class LifecycleConfig(Section):
     #: darwinian: no births while the average loss improves by less than this share of itself in 1,000 steps; None is no
     #: such cap.
     cap_improvement: float | None = None
+    #: load: in a layer whose Φ is below this share of its running maximum the most loaded expert splits, with mutation
+    #: (`noise_std`), once for each collapse; None is never.
+    phi_trigger: float | None = None
     #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.
     adapt_load: float = 0.25
     #: Minimum age, patience and cooldown grow with this power of an expert's width.
@@ -476,6 +479,13 @@ class LifecycleConfig(Section):
         for name in ("merge_coactivation", "gravity_coactivation", "memory_pressure"):
             self.require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
         self.require("split_load", self.split_load > 2 * self.death_load, "> 2 * lifecycle.death_load (hysteresis)")
+        trigger = self.phi_trigger
+        self.require("phi_trigger", trigger is None or 0 < trigger <= 1, "None or in (0, 1]")
+        self.require(
+            "phi_trigger",
+            trigger is None or self.noise_std > 0,
+            "None while lifecycle.noise_std is 0: a newborn that is an exact copy lowers Φ further",
+        )
         self.require("min_experts", self.min_experts is None or self.min_experts >= 1, "None or >= 1")
         floor = self.min_experts or 1
         self.require("max_experts", self.max_experts is None or self.max_experts >= floor, f"None or >= {floor}")

@@ -40,6 +40,7 @@ class Inspection:
     populations: list[Population]
     vitals: list[dict[str, Tensor]]
     routing: list[dict[str, Tensor]]
+    phi: list[dict[str, Tensor]]
     phase: str
     parameters: ParameterCounts
     lineage: Lineage
@@ -77,6 +78,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         populations=[block.population for block in model.living_blocks],
         vitals=[model.vitals(layer) for layer in range(len(model.living_blocks))],
         routing=[model.routing(layer) for layer in range(len(model.living_blocks))],
+        phi=[model.phi(layer) for layer in range(len(model.living_blocks))],
         phase=model.phase,
         parameters=parameter_counts(model),
         lineage=Lineage.load(lineage) if lineage.is_file() else Lineage(),
@@ -150,13 +152,14 @@ def show(inspection: Inspection, console: Console, *, events: int = 10) -> None:
         )
     console.print(table)
     table = Table(title=f"Signals, phase {inspection.phase}")
-    for column in ("layer", "density", "entropy", "interference", "divergence", "worst conflict", "in conflict"):
+    for column in ("layer", "density", "entropy", "phi", "interference", "divergence", "worst conflict", "in conflict"):
         table.add_column(column, justify="right")
     for layer, (routing, vitals) in enumerate(zip(inspection.routing, inspection.vitals, strict=True)):
         conflict = vitals["conflict_cos"]
         table.add_row(
             str(layer),
             *(f"{float(routing[name]):.2f}" for name in ("density", "entropy")),
+            f"{float(inspection.phi[layer]['phi']):.2f}",
             *(f"{float(vitals[name].max()):.2f}" for name in ("interference", "divergence")),
             f"{float(conflict.min()):.2f} ({conflict_zone(float(conflict.min()))})",
             str(int((conflict <= -NEUTRAL).sum())),

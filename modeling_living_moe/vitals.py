@@ -282,6 +282,11 @@ class Vitals(KeepsDtype):
         self.phi_peak.copy_(torch.maximum(self.phi_peak, self.phi))
         self.phi_count += measured
 
+    @torch.no_grad()
+    def answer_collapse(self) -> None:
+        """Something was done about a low Φ: the next collapse is one from here."""
+        self.phi_peak.copy_(self.phi)
+
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""
         alive = [old for old, new in enumerate(new_index) if new >= 0]

@@ -531,6 +531,8 @@ class LifecycleMixin:
         block, uid = self._changeable_block(proposal.layer), proposal.uids[0]
         if proposal.kind in ("split", "preserve"):
             yield self._split(proposal.layer, uid, proposal.reason, self.config.lifecycle.noise_std, optimizer)
+            if proposal.reason.metric == "phi":
+                block.vitals.answer_collapse()
             if proposal.kind == "preserve":
                 yield self._happen(operations.freeze(block, uid, self._surroundings(), proposal.reason), optimizer)
                 preserver = block.population.find(uid, proposal.layer)
@@ -618,8 +620,7 @@ class LifecycleMixin:
         for block in self.living_blocks:
             if self._escape(block.layer).tick(step):
                 forget_state(optimizer, self._escape(block.layer))
-                # The next collapse is one from here.
-                block.vitals.phi_peak.copy_(block.vitals.phi)
+                block.vitals.answer_collapse()
         if step % settings.window:
             return []
         detector.end_window()

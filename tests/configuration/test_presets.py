@@ -66,7 +66,7 @@ def test_presets_do_not_remember_overrides() -> None:
         ({"lifecycle__interval": 5}, r"Did you mean lifecycle=\{'interval': 5\}\?"),
         ({"lifecycle.interval": 5}, r"Did you mean lifecycle=\{'interval': 5\}\?"),
         ({"decay": 0.5}, r"vitals=\{'decay': 0\.5\} or receptive_field=\{'decay': 0\.5\}\?"),
-        ({"zzz": 5}, r"unknown override 'zzz'; .* Known: experts, lifecycle"),
+        ({"zzz": 5}, r"unknown override 'zzz'; .* Known: escape, experts, lifecycle"),
         ({"lifecycle": 5}, r"override lifecycle must be a dict of the fields to change, got 5"),
         ({"lifecycle": {"intervall": 5}}, r"unknown field lifecycle\.intervall\. Did you mean 'interval'\?"),
         ({"lifecycle": {"interval": 0}}, r"lifecycle\.interval must be >= 1, got 0"),
