@@ -424,7 +424,7 @@ class LifecycleConfig(Section):
     #: darwinian: no births while the average loss improves by less than this share of itself in 1,000 steps; None is no
     #: such cap.
     cap_improvement: float | None = None
-    #: load: in a layer whose Φ is below this share of its running maximum the most loaded expert splits, with mutation
+    #: In a layer whose Φ is below this share of its running maximum the most loaded expert splits, with mutation
     #: (`noise_std`), once for each collapse; None is never.
     phi_trigger: float | None = None
     #: A frozen expert that cannot learn splits when the load of tokens outside its field is above this.

@@ -33,6 +33,7 @@ from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock,
 from living_moe.modeling_living_moe.checkpoint import adopt_sizes, check_population
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.drift import DriftDetector
+from living_moe.modeling_living_moe.escape.detector import StagnationDetector
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
@@ -122,6 +123,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         self.clock = Clock()
         self.drift = DriftDetector()
         self.trend = LossTrend()
+        self.stagnation = StagnationDetector(self.config.escape) if self.config.escape.enabled else None
         self.fields = None
         self.lineage_ = Lineage()
         self._steps: int | None = None
@@ -141,6 +143,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             experts=config.experts,
             trainable=config.trainable,
             vitals=config.vitals,
+            escape=config.escape,
             **tables,
         )
 
@@ -184,8 +187,14 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         if not hidden.shape[1]:
             return x
         mask = None if token_mask is None else token_mask.reshape(1, -1).bool()
-        sample = self._token_sample(hidden, mask)
-        self.block.context = ForwardContext(token_mask=mask, observe=self.training, sample=sample, all_logits=False)
+        vitals = self.config.vitals
+        self.block.context = ForwardContext(
+            token_mask=mask,
+            observe=self.training,
+            sample=self._token_sample(hidden, mask, vitals.signals_every, vitals.signal_tokens),
+            phi_sample=self._token_sample(hidden, mask, vitals.phi_every, vitals.phi_tokens),
+            all_logits=False,
+        )
         try:
             output: Tensor = self.block(hidden)
         finally:
@@ -193,12 +202,11 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             self.block.context = None
         return output.reshape(x.shape)
 
-    def _token_sample(self, hidden: Tensor, mask: Tensor | None) -> TokenSample | None:
-        """The tokens whose interference is measured, in passes of every `vitals.signals_every`-th step."""
-        every = self.config.vitals.signals_every
+    def _token_sample(self, hidden: Tensor, mask: Tensor | None, every: int, tokens: int) -> TokenSample | None:
+        """So many tokens to measure something on, in passes of every `every`-th step."""
         if not (self.training and every) or (self.steps_lived + 1) % every:
             return None
-        return spread(hidden.shape[1], self.config.vitals.signal_tokens, mask, hidden.device)
+        return spread(hidden.shape[1], tokens, mask, hidden.device)
 
     # -- what the lifecycle asks of a model ------------------------------------------------------------------------
 
@@ -315,7 +323,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             raise PopulationError("lifecycle.enabled is False, so there is no decision to make; set it to True.")
         self._observe_loss(loss)
         self._live_a_step()
-        events = self._decide(optimizer)
+        events = self._step_escapes(optimizer) + self._decide(optimizer)
         dead = [uid for e in events if e.kind in ("death", "merge") for uid in e.parents if uid not in e.children]
         return dead, [uid for e in events if e.kind == "split" for uid in e.children]
 

@@ -16,6 +16,9 @@ here growth by competition is wanted, and ends by the caps. Newborns are immune 
 token of its field since the last decision is not judged. A split halves load and gradient share of the parent, so with
 `split_load` above twice `death_load` it never makes a candidate for death. The planner's limits hold as for any policy:
 deaths of one step displace no more load than `death_load`.
+
+With `lifecycle.phi_trigger`, a layer whose Φ has collapsed splits too, cap or no cap: the cap asks whether more experts
+pay, and a collapse says that those there are do not (alikeness.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from living_moe.configuration.slabs import is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.operations import Reason
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
+from living_moe.modeling_living_moe.lifecycle.policies.alikeness import Fertile, with_split_of_alike
 from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances, lifetime
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 
@@ -40,6 +44,7 @@ def propose_darwinian(block: LivingMoeBlock, config: LifecycleConfig, now: Circu
     tables = {slab: block.vitals.table(slab) for slab in block.population.alive}
     rows = {slab: {name: getattr(table, name).tolist() for name in columns} for slab, table in tables.items()}
     proposals: list[Proposal] = []
+    fertile: list[Fertile] = []
     for member, shares in zip(block.population.members, vitality_of(block, config.vitality_gradient), strict=True):
         values = {name: rows[member.slab][name][member.row] for name in columns}
         if is_frozen(member.slab) or values["idle"] >= config.interval:
@@ -53,17 +58,19 @@ def propose_darwinian(block: LivingMoeBlock, config: LifecycleConfig, now: Circu
         for name, count in (("overloaded", overloaded), ("starved", starved)):
             if count != values[name]:
                 getattr(tables[member.slab], name)[member.row] = count
+        cost = block.experts.bytes_per_expert(member.slab)
+        if judged:
+            fertile.append(Fertile(shares.load, member.uid, cost, longer))
         patience, vitality, uids = config.patience * longer, shares.vitality, (member.uid,)
         if overloaded >= patience and _may_grow(config, now):
             reason = Reason("vitality", round(vitality, 6), config.split_load)
-            cost = block.experts.bytes_per_expert(member.slab)
             urgency = vitality / max(config.split_load, TINY)
             proposals.append(Proposal("split", block.layer, uids, reason, urgency, added_bytes=cost, lifetime=longer))
         elif starved >= patience:
             reason = Reason("vitality", round(vitality, 6), config.death_load)
             urgency = 1.0 - vitality / max(config.death_load, TINY)
             proposals.append(Proposal("death", block.layer, uids, reason, urgency, displaced=shares.load))
-    return proposals
+    return with_split_of_alike(proposals, fertile, block, config)
 
 
 def _may_grow(config: LifecycleConfig, now: Circumstances) -> bool:

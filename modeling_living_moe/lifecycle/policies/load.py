@@ -9,8 +9,7 @@ Wider experts take longer to show what they are worth, and so do those with litt
 grow with an expert's width (`lifecycle.lifetime_exponent`), and time in which it received less than its share counts
 less towards the age at which it may split.
 
-With `lifecycle.phi_trigger`, a layer whose Φ has collapsed (phi.py) splits its most loaded trainable expert too, with
-mutation: a population of equal functions gains a different one. One collapse is answered once.
+With `lifecycle.phi_trigger`, a layer whose Φ has collapsed splits its most loaded trainable expert too (alikeness.py).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from living_moe.configuration.slabs import is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.operations import Reason
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
+from living_moe.modeling_living_moe.lifecycle.policies.alikeness import Fertile, with_split_of_alike
 from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances, lifetime
-from living_moe.modeling_living_moe.phi import phi_collapsed
 from living_moe.modeling_living_moe.population import ROOT_FIELD
 
 
@@ -31,8 +30,7 @@ from living_moe.modeling_living_moe.population import ROOT_FIELD
 def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> list[Proposal]:
     """Proposals for one layer; advances its hysteresis counters."""
     proposals: list[Proposal] = []
-    # Who may split because experts have become alike: load, uid, bytes, lifetime.
-    fertile: list[tuple[float, int, int, float]] = []
+    fertile: list[Fertile] = []
     rows: dict[str, dict[str, list[float]]] = {}
     columns = ("load", "foreign_load", "age", "idle", "overloaded", "starved")
     for slab in block.population.alive:
@@ -68,7 +66,7 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circums
         table.overloaded[member.row], table.starved[member.row] = int(overloaded), int(starved)
         cost = block.experts.bytes_per_expert(member.slab)
         if mature and not frozen:
-            fertile.append((values["load"], member.uid, cost, longer))
+            fertile.append(Fertile(values["load"], member.uid, cost, longer))
         if overloaded >= config.patience * longer:
             reason = Reason(metric, values[metric], threshold)
             urgency = values[metric] / max(threshold, 1e-9)
@@ -79,11 +77,4 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circums
             reason = Reason("load", per_expert, config.death_load)
             urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
             proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency, displaced=per_expert))
-    if config.phi_trigger is not None and fertile:
-        phi, peak = block.vitals.phi, block.vitals.phi_peak
-        if phi_collapsed(phi, peak, config.phi_trigger):
-            _, uid, cost, longer = max(fertile, key=lambda each: (each[0], -each[1]))
-            reason = Reason("phi", float(phi), config.phi_trigger * float(peak))
-            proposals = [proposal for proposal in proposals if proposal.uids != (uid,)]
-            proposals.append(Proposal("split", block.layer, (uid,), reason, 1.0, added_bytes=cost, lifetime=longer))
-    return proposals
+    return with_split_of_alike(proposals, fertile, block, config)
