@@ -2,11 +2,11 @@
 
     out = x + fade * tanh(gate) * (back(process(forward(x))) - x)
 
-The gate starts at zero, so entering changes no output by a bit. `process` does not start as the identity but a little
-off it (ReZero, Bachlechner et al. 2020, arXiv:2003.04887, has the same problem): the gate's gradient is the product of
-what comes back and the loss's gradient, so were the difference zero with the gate, nothing would ever move. The gate
-moves first, and with it the rest begins to learn. `fade` is 1, and goes to 0 when the block leaves; then the block
-closes, its gate is zero again, and what the map has learned stays for the next time.
+The gate starts at zero (ReZero, Bachlechner et al. 2020, arXiv:2003.04887), so entering changes no output by a bit.
+`process` does not start as the identity but a little off it: the gate's gradient is the inner product of the difference
+and the loss's gradient, so were both the difference and the gate zero, nothing would ever move. The gate moves first,
+and with it the rest begins to learn. `fade` is 1, and goes to 0 when the block leaves; then the block closes, its gate
+is zero again, and what the map has learned stays for the next time.
 
 A closed block computes nothing, and its parameters are those of a module that is not there: no gradient, or, on several
 ranks, where DistributedDataParallel waits for one, a gradient of zero. All of them have one dimension, so by the usual
