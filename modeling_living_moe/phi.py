@@ -141,7 +141,7 @@ def phi_of(evidence: Tensor, share_M: Tensor) -> Phi:
 
 
 def phi_collapsed(phi: Tensor, peak: Tensor, share: float) -> Tensor:
-    """Whether Φ is below `share` of the largest Φ seen, bool; never where none above 0 was seen (top-1, say)."""
+    """Whether Φ (its level) is below `share` of its peak, bool; never where there is no peak above 0 (top-1, say)."""
     return (peak > 0) & (phi < share * peak)
 
 

@@ -41,7 +41,10 @@ COUNTED_BY = {
     "conflict_cos": "compared", "conflict_magnitude": "compared", "sketch": "compared",
 }  # fmt: skip
 #: Of a layer.
-PHI = ("phi", "differentiation", "integration", "phi_peak")
+PHI = ("phi", "differentiation", "integration", "phi_level", "phi_peak")
+#: Decay per measurement of Φ's level: one sample of tokens is off by a few hundredths, and a maximum of such numbers is
+#: the largest error. The level is trusted from as many measurements on as it remembers.
+PHI_DECAY, PHI_SETTLED = 0.8, 5
 #: Rows sampled per layer and forward, over all ranks: the "recent queries" a split divides.
 SAMPLE_ROWS = 256
 
@@ -148,7 +151,8 @@ class Vitals(KeepsDtype):
         # Moving averages: experts per token, and the entropy of the experts' shares of the load over its largest value.
         self.register_buffer("density", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("entropy", torch.tensor(0.0, dtype=torch.float32))
-        # The last measurement of Φ and its two factors, and the largest Φ since the last answer to a collapse.
+        # The last measurement of Φ and its two factors; Φ's moving average, and the largest that was since the last
+        # answer to a collapse.
         for name in PHI:
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float32))
         #: Measurements of Φ so far.
@@ -173,6 +177,7 @@ class Vitals(KeepsDtype):
     phi: Tensor
     differentiation: Tensor
     integration: Tensor
+    phi_level: Tensor
     phi_peak: Tensor
     phi_count: Tensor
 
@@ -277,15 +282,18 @@ class Vitals(KeepsDtype):
     @torch.no_grad()
     def fold_phi(self, found: Phi, measured: Tensor) -> None:
         """Take one step's Φ, of all ranks, if it was `measured` (bool, 0-dim)."""
-        for name, value in zip(PHI, found, strict=False):
+        for name, value in found._asdict().items():
             getattr(self, name).copy_(torch.where(measured, value, getattr(self, name)))
-        self.phi_peak.copy_(torch.maximum(self.phi_peak, self.phi))
+        rate = (1.0 / (self.phi_count + 1.0)).clamp(min=1.0 - PHI_DECAY) * measured
+        self.phi_level.lerp_(self.phi, rate.to(self.phi))
         self.phi_count += measured
+        highest = torch.maximum(self.phi_peak, self.phi_level)
+        self.phi_peak.copy_(torch.where(measured & (self.phi_count >= PHI_SETTLED), highest, self.phi_peak))
 
     @torch.no_grad()
     def answer_collapse(self) -> None:
         """Something was done about a low Φ: the next collapse is one from here."""
-        self.phi_peak.copy_(self.phi)
+        self.phi_peak.copy_(self.phi_level)
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""

@@ -114,8 +114,9 @@ class LifecycleMixin:
     def phi(self, layer: int) -> dict[str, Tensor]:
         """Whether a layer's experts are different functions that work together (see phi.py), 0-dim, each in [0, 1].
 
-        `phi`, its factors `differentiation` and `integration`, as measured last (every `vitals.phi_every` steps), and
-        `phi_peak`, the largest Φ since the layer's last answer to a collapse. What was not measured yet is 0.
+        `phi`, its factors `differentiation` and `integration`, as measured last (every `vitals.phi_every` steps);
+        `phi_level`, the moving average of `phi`, and `phi_peak`, the largest level since the layer's last answer to a
+        collapse (0 until five measurements). What was not measured yet is 0.
         """
         vitals = self.living_block(layer).vitals
         return {name: getattr(vitals, name).clone() for name in PHI}
@@ -625,8 +626,10 @@ class LifecycleMixin:
             return []
         detector.end_window()
         device = detector.fall.device
-        measured = [(block.vitals.phi.to(device), block.vitals.phi_peak.to(device)) for block in self.living_blocks]
-        phis, peaks = (torch.stack(each) for each in zip(*measured, strict=True))
+        phis, peaks = (
+            torch.stack([getattr(block.vitals, name).to(device) for block in self.living_blocks])
+            for name in ("phi_level", "phi_peak")
+        )
         collapsed = phi_collapsed(phis, peaks, settings.collapse)
         verdict = torch.cat([torch.stack([detector.stagnates(), detector.falling()]).float(), collapsed.float()])
         # One transfer per window.

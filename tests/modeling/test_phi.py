@@ -237,13 +237,26 @@ def test_it_is_measured_at_its_cadence_and_logged() -> None:
     assert float(model.phi(0)["phi"]) == 0.0
     step(model, 2)
     found = model.phi(1)
-    assert 0.0 < float(found["phi"]) <= 1.0 and torch.equal(found["phi"], found["phi_peak"])
+    assert 0.0 < float(found["phi"]) <= 1.0 and torch.equal(found["phi"], found["phi_level"])
     assert float(found["phi"]) == pytest.approx(float(found["differentiation"] * found["integration"]) ** 0.5, rel=1e-5)
     signals = model.signals()
     for name in ("phi", "differentiation", "integration"):
         assert signals[name] == pytest.approx(sum(float(model.phi(layer)[name]) for layer in range(2)) / 2)
     step(model, 3)
     assert torch.equal(model.phi(1)["phi"], found["phi"])
+
+
+def test_the_level_is_a_moving_average_and_the_peak_its_largest_once_it_has_settled() -> None:
+    model, level, seen = living(phi_every=1), 0.0, []
+    for number in range(12):
+        step(model, number)
+        found = {name: float(value) for name, value in model.phi(0).items()}
+        level += max(1 / (number + 1), 0.2) * (found["phi"] - level)
+        seen += [level] if number >= 4 else []
+        assert found["phi_level"] == pytest.approx(level, abs=1e-6)
+        assert found["phi_peak"] == pytest.approx(max(seen, default=0.0), abs=1e-6)
+    model.living_block(0).vitals.answer_collapse()
+    assert float(model.phi(0)["phi_peak"]) == pytest.approx(level, abs=1e-6)
 
 
 def test_measuring_changes_no_gradient_and_zero_never_measures() -> None:

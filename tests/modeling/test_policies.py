@@ -60,17 +60,17 @@ def test_a_collapse_of_phi_splits_the_most_loaded_once_and_with_mutation() -> No
     loads = [1.0, 1.2, 1.5, 1.5, 0.5, 0.7, 0.8, 0.8]
     model = model_with(loads, phi_trigger=0.5, noise_std=0.1)
     vitals = model.living_block(0).vitals
-    vitals.phi.fill_(0.41)
+    vitals.phi_level.fill_(0.41)
     vitals.phi_peak.fill_(0.8)
     assert proposed(model) == []
-    vitals.phi.fill_(0.39)
+    vitals.phi_level.fill_(0.39)
     assert proposed(model) == [("split", 2)]
     [event] = model.decide_events()
     assert (event.kind, event.layer, event.parents, event.noise_std) == ("split", 0, (2,), 0.1)
     assert (event.metric, event.value, event.threshold) == ("phi", pytest.approx(0.39), pytest.approx(0.4))
     # That was the answer to this collapse; the next one is measured from here.
     assert proposed(model) == [] and float(vitals.phi_peak) == pytest.approx(0.39)
-    vitals.phi.fill_(0.1)
+    vitals.phi_level.fill_(0.1)
     assert [kind for kind, _ in proposed(model)] == ["split"]
     # The young and the frozen do not answer.
     for uid in model.expert_uids(0)[:-1]:

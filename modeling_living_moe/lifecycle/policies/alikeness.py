@@ -31,7 +31,7 @@ def with_split_of_alike(
     """The proposals of a layer, and one more where its Φ is below `lifecycle.phi_trigger` of its running maximum."""
     if config.phi_trigger is None or not fertile:
         return proposals
-    phi, peak = block.vitals.phi, block.vitals.phi_peak
+    phi, peak = block.vitals.phi_level, block.vitals.phi_peak
     if not phi_collapsed(phi, peak, config.phi_trigger):
         return proposals
     chosen = max(fertile, key=lambda each: (each.load, -each.uid))

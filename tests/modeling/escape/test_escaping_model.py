@@ -96,7 +96,7 @@ def test_stagnation_and_a_collapse_together_send_a_layer_away_and_it_returns(spa
     assert [event.kind for event in model.lineage] == ["escape", "return"]
     escape = model.living_block(1).escape
     assert model.escape_state(1) == model.escape_state(0) == "closed" and escape.now.rest_until == 13 + 4
-    assert float(model.phi(1)["phi_peak"]) < 1 and model.lineage[0].threshold == pytest.approx(5.0)
+    assert float(model.phi(1)["phi_peak"]) < 1 and model.lineage[0].threshold == pytest.approx(9.0)
 
 
 def test_neither_alone_sends_anybody_away() -> None:
