@@ -473,10 +473,7 @@ class LayerDraft:
             for name in IDENTITY:
                 column = torch.tensor([getattr(row, name) for row in rows], dtype=torch.int64)
                 getattr(identity[slab], name)[: len(rows)] = column.to(device)
-            unchanged = _carry_over(rows, identity[slab], vitals[slab], old_identity, old_vitals)
             for number, row in enumerate(rows):
-                if number in unchanged:
-                    continue
                 bias = sum(old_identity[s.slab].bias[s.row] * s.weight for s in self._sources(slab, number, "key"))
                 identity[slab].bias[number] = bias if row.address is None else row.address.bias
                 _live_on(vitals[slab], number, row, old_vitals)
@@ -520,38 +517,14 @@ class LayerDraft:
         return lambda: self.block.population.write_tombstones(places, keys, biases)
 
 
-def _carry_over(
-    rows: Sequence[DraftRow],
-    identity: IdentityTable,
-    vitals: VitalsTable,
-    old_identity: Mapping[str, IdentityTable],
-    old_vitals: Mapping[str, VitalsTable],
-) -> set[int]:
-    """Write bias and vitals of all experts that nothing happens to, at once: nearly all, however many there are.
-
-    Returns:
-        Their row numbers.
-    """
-    moves: dict[str, tuple[list[int], list[int]]] = {}
-    for number, row in enumerate(rows):
-        if row.life == "same":
-            after, before = moves.setdefault(row.sources[0].slab, ([], []))
-            after.append(number)
-            before.append(row.sources[0].row)
-    for source, places in moves.items():
-        after_E, before_E = torch.tensor(places, device=identity.uid.device)
-        identity.bias[after_E] = old_identity[source].bias[before_E]
-        for name in VitalsTable.columns:
-            getattr(vitals, name)[after_E] = getattr(old_vitals[source], name)[before_E]
-    return {number for after, _ in moves.values() for number in after}
-
-
 def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, VitalsTable]) -> None:
-    """Vitals of one expert that the event changes: halved between parent and newborn, or summed."""
+    """Vitals of one expert after the event: moved, halved between parent and newborn, or summed."""
     for name in VitalsTable.columns:
         column = getattr(table, name)
         values = [getattr(old[s.slab], name)[s.row] for s in row.sources]
-        if name in ("overloaded", "starved", "cannibalised", "idle", "thaw_at"):
+        if row.life == "same":
+            column[number] = values[0]
+        elif name in ("overloaded", "starved", "cannibalised", "idle", "thaw_at"):
             column[number] = 0
         elif row.life == "merged" and name in COUNTED_BY:
             # The mean, weighted like the weights, over those it was ever measured of.
