@@ -165,12 +165,29 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Trees:
+    """The facets of some cells as binary trees of Q nodes.
+
+    A node that is no leaf lies on facet `facet_Q` and goes on to `next_Q2`, by the side a token lies on (negative, then
+    positive). A leaf goes on to itself, so `depth` steps from a root bring every token to its leaf.
+    """
+
+    facet_Q: Tensor
+    next_Q2: Tensor
+    depth: int
+
+    def step(self, node: Tensor, positive: Tensor) -> Tensor:
+        """The next node of each, int64; `positive` is the side of its facet."""
+        return self.next_Q2.view(-1)[2 * node + positive]
+
+
+@dataclass(frozen=True)
 class View:
     """How tokens of one field see a layer: its N cells in a fixed order, as tensors for the router.
 
     The first `num_open` cells can be chosen; the others, which nobody serves, are only scored. `address_N` is the
-    address of each cell (of its first leaf, if it has several) and `server_N` the expert that serves there. In the M
-    cells with several leaves the satisfied leaf is found by `sides_PL`; `address_LM` and `server_LM` are its own.
+    address of each cell (of its first leaf, if it has several) and `server_N` the expert that serves there. Each of the
+    M cells with several leaves has a tree in `trees`, and the address and the server of each of its nodes that is a leaf.
     """
 
     num_open: int
@@ -180,25 +197,25 @@ class View:
     group_N: Tensor
     group_members_GM: Tensor | None
     columns_M: Tensor
-    sides_PL: Tensor
-    path_length_L: Tensor
-    address_LM: Tensor
-    server_LM: Tensor
+    root_M: Tensor
+    trees: Trees
+    address_Q: Tensor
+    server_Q: Tensor
 
 
 @dataclass(frozen=True)
 class AddressBook:
-    """Who serves at each of the A addresses. An address that shares its clade serves on its L leaves only.
+    """Who serves at each of the A addresses. An address that shares its clade serves on its leaves only.
 
-    `leaf_of_AL` names them (-1 pads), and each leaf lies on P facets (side 0 pads). `spare` is how many addresses of a
-    clade beside the right one may be found before it.
+    `root_A` is the root of the tree of its clade (-1: none), `address_Q` whose leaf a node is. `spare` is how many
+    addresses of a clade beside the right one may be found before it.
     """
 
     server_A: Tensor
     serves_all_A: Tensor
-    leaf_of_AL: Tensor
-    facet_LP: Tensor
-    side_LP: Tensor
+    root_A: Tensor
+    trees: Trees
+    address_Q: Tensor
     normal_FH: Tensor
     offset_F: Tensor
     spare: int
@@ -209,16 +226,17 @@ class AddressBook:
         found_TC = candidates_TC >= 0
         address_TC = candidates_TC.clamp(min=0)
         serves_TC = self.serves_all_A[address_TC] & found_TC
-        if not self.leaf_of_AL.shape[1]:
+        if not self.trees.depth:
             return serves_TC
-        shared_TC = (self.leaf_of_AL[address_TC, 0] >= 0) & found_TC & (self.server_A[address_TC] != NOBODY)
+        shared_TC = (self.root_A[address_TC] >= 0) & found_TC & (self.server_A[address_TC] != NOBODY)
         token_M, place_M = shared_TC.nonzero(as_tuple=True)
-        leaf_ML = self.leaf_of_AL[address_TC[token_M, place_M]]
-        facet_MLP, side_MLP = self.facet_LP[leaf_ML.clamp(min=0)], self.side_LP[leaf_ML.clamp(min=0)]
-        height_MLP = torch.einsum("mlph,mh->mlp", self.normal_FH[facet_MLP], hidden_TH[token_M].float())
-        agrees_MLP = ((height_MLP + self.offset_F[facet_MLP] >= 0) == (side_MLP > 0)) | (side_MLP == 0)
-        satisfied_M = (agrees_MLP.all(dim=-1) & (leaf_ML >= 0)).any(dim=-1)
-        return serves_TC.index_put((token_M, place_M), satisfied_M)
+        address_M = address_TC[token_M, place_M]
+        hidden_MH, node_M = hidden_TH[token_M].float(), self.root_A[address_M]
+        for _ in range(self.trees.depth):
+            facet_M = self.trees.facet_Q[node_M]
+            height_M = torch.einsum("mh,mh->m", self.normal_FH[facet_M], hidden_MH) + self.offset_F[facet_M]
+            node_M = self.trees.step(node_M, height_M >= 0)
+        return serves_TC.index_put((token_M, place_M), self.address_Q[node_M] == address_M)
 
 
 class Population(KeepsDtype):
@@ -351,10 +369,13 @@ class Population(KeepsDtype):
     @property
     def leaves(self) -> list[Leaf]:
         if self._leaves is None:
-            self._leaves = [
-                Leaf(uid, tuple((facet, side) for facet, side in enumerate(path) if side))
-                for uid, path in zip(self.leaf_uid.tolist(), self.leaf_path.tolist(), strict=True)
-            ]
+            paths: list[list[tuple[int, int]]] = [[] for _ in range(len(self.leaf_uid))]
+            # On the host: a path concerns few of many facets.
+            signs = self.leaf_path.cpu()
+            places = signs.nonzero()
+            for (leaf, facet), side in zip(places.tolist(), signs[tuple(places.T)].tolist(), strict=True):
+                paths[leaf].append((facet, side))
+            self._leaves = [Leaf(uid, tuple(path)) for uid, path in zip(self.leaf_uid.tolist(), paths, strict=True)]
         return self._leaves
 
     @property
@@ -459,36 +480,69 @@ class Population(KeepsDtype):
     def _build_book(self, device: torch.device) -> AddressBook:
         addresses = self.addresses
         cells = self.visible_cells(ROOT_FIELD)
+        cell_of = {address.uid: number for number, cell in enumerate(cells) for address in cell}
+        roots, trees, leaf_Q = self._plant(cell_of)
         index_of = {address.uid: address.index for cell in cells for address in cell}
-        leaves = [leaf for leaf in self.leaves if leaf.uid in index_of]
-        deepest = max((len(leaf.path) for leaf in leaves), default=0)
-        facets = torch.zeros(len(leaves), deepest, dtype=torch.int64)
-        sides = torch.zeros(len(leaves), deepest)
-        of_address: dict[int, list[int]] = {}
-        for number, leaf in enumerate(leaves):
-            of_address.setdefault(index_of[leaf.uid], []).append(number)
-            for depth, (facet, side) in enumerate(leaf.path):
-                facets[number, depth], sides[number, depth] = facet, side
-        most = max((len(numbers) for numbers in of_address.values()), default=0)
-        leaf_of = torch.full((len(addresses), most), -1)
-        for index, numbers in of_address.items():
-            leaf_of[index, : len(numbers)] = torch.tensor(numbers)
         server = torch.tensor([address.server for address in addresses])
         # Of a cell with several addresses and no leaves the first has it all.
         alone = torch.zeros(len(addresses), dtype=torch.bool)
-        for cell in cells:
-            if not any(address.index in of_address for address in cell):
+        root = torch.full((len(addresses),), -1)
+        for number, cell in enumerate(cells):
+            if number not in roots:
                 alone[cell[0].index] = True
+                continue
+            for address in cell:
+                root[address.index] = roots[number]
         return AddressBook(
             server_A=server.to(device),
             serves_all_A=(alone & (server != NOBODY)).to(device),
-            leaf_of_AL=leaf_of.to(device),
-            facet_LP=facets.to(device),
-            side_LP=sides.to(device),
+            root_A=root.to(device),
+            trees=Trees(trees.facet_Q.to(device), trees.next_Q2.to(device), trees.depth),
+            address_Q=torch.tensor([index_of.get(uid, -1) for uid in leaf_Q], dtype=torch.int64, device=device),
             normal_FH=self.facet_normal.to(device),
             offset_F=self.facet_offset.to(device),
             spare=max((len(cell) for cell in cells), default=1) - 1,
         )
+
+    def _plant(self, cell_of: dict[int, int]) -> tuple[dict[int, int], Trees, list[int]]:
+        """The trees of some cells.
+
+        Args:
+            cell_of: Uid of an address -> number of its cell.
+
+        Returns:
+            The root of each cell that has leaves, in the order of these; the trees, on the CPU; per node the uid of
+            whom it is a leaf of, or -1.
+        """
+        roots: dict[int, int] = {}
+        facets: list[int] = []
+        following: list[list[int]] = []
+        owners: list[int] = []
+        depth = 0
+
+        def new_node() -> int:
+            node = len(owners)
+            facets.append(0)
+            following.append([node, node])
+            owners.append(-1)
+            return node
+
+        for leaf in self.leaves:
+            if leaf.uid not in cell_of:
+                continue
+            cell = cell_of[leaf.uid]
+            if cell not in roots:
+                roots[cell] = new_node()
+            node = roots[cell]
+            for facet, side in leaf.path:
+                facets[node] = facet
+                if following[node][side > 0] == node:
+                    following[node][side > 0] = new_node()
+                node = following[node][side > 0]
+            owners[node] = leaf.uid
+            depth = max(depth, len(leaf.path))
+        trees = Trees(torch.tensor(facets, dtype=torch.int64), torch.tensor(following).view(-1, 2).long(), depth)
+        return roots, trees, owners
 
     def view(self, field: int, device: torch.device) -> View:
         key = (field, device)
@@ -505,34 +559,27 @@ class Population(KeepsDtype):
         widest = max(len(group) for group in by_group)
         padded = [group + [len(cells)] * (widest - len(group)) for group in by_group]
 
-        column_of = {a.uid: n for n, cell in enumerate(cells) for a in cell}
         address_of = {a.uid: a for cell in cells for a in cell}
-        leaves = [leaf for leaf in self.leaves if leaf.uid in column_of]
-        columns = list(dict.fromkeys(column_of[leaf.uid] for leaf in leaves))
-        addresses, servers = torch.zeros(2, len(leaves), len(columns))
-        sides = torch.zeros(self.facet_offset.numel(), len(leaves))
-        for number, leaf in enumerate(leaves):
-            place = number, columns.index(column_of[leaf.uid])
-            addresses[place] = address_of[leaf.uid].index
-            servers[place] = max(address_of[leaf.uid].server, 0)
-            for facet, side in leaf.path:
-                sides[facet, number] = side
+        roots, trees, leaf_Q = self._plant({a.uid: n for n, cell in enumerate(cells) for a in cell})
+        owner_Q = [address_of.get(uid) for uid in leaf_Q]
+        address_Q = [0 if address is None else address.index for address in owner_Q]
+        server_Q = [0 if address is None else max(address.server, 0) for address in owner_Q]
 
         first = [cell[0] for cell in cells]
         index = [address.index for address in first]
         server = [max(address.server, 0) for address in first]
         return View(
             num_open=sum(address.server != NOBODY for address in first),
-            is_identity=not leaves and index == server == list(range(len(self.addresses))),
+            is_identity=not roots and index == server == list(range(len(self.addresses))),
             address_N=torch.tensor(index, device=device),
             server_N=torch.tensor(server, device=device),
             group_N=torch.tensor(groups, device=device),
             group_members_GM=torch.tensor(padded, device=device) if self.num_groups > 1 else None,
-            columns_M=torch.tensor(columns, dtype=torch.int64, device=device),
-            sides_PL=sides.to(device),
-            path_length_L=sides.abs().sum(0).to(device),
-            address_LM=addresses.to(device),
-            server_LM=servers.to(device),
+            columns_M=torch.tensor(list(roots), dtype=torch.int64, device=device),
+            root_M=torch.tensor(list(roots.values()), dtype=torch.int64, device=device),
+            trees=Trees(trees.facet_Q.to(device), trees.next_Q2.to(device), trees.depth),
+            address_Q=torch.tensor(address_Q, dtype=torch.int64, device=device),
+            server_Q=torch.tensor(server_Q, dtype=torch.int64, device=device),
         )
 
     # -- facets ----------------------------------------------------------------------------------------------------
@@ -543,9 +590,10 @@ class Population(KeepsDtype):
         place = {facet: number for number, facet in enumerate(used)}
         device = self.facet_normal.device
         path = torch.zeros(len(leaves), len(used), dtype=torch.int8)
-        for number, leaf in enumerate(leaves):
-            for facet, side in leaf.path:
-                path[number, place[facet]] = side
+        steps = [(number, place[facet], side) for number, leaf in enumerate(leaves) for facet, side in leaf.path]
+        if steps:
+            row, column, side = torch.tensor(steps).unbind(1)
+            path[row, column] = side.to(path.dtype)
         normal = torch.stack([normals[f].to(device, torch.float32) for f in used]) if used else None
         self.facet_normal = torch.zeros(0, self.hidden_size, device=device) if normal is None else normal
         self.facet_offset = torch.tensor([offsets[f] for f in used], dtype=torch.float32, device=device)

@@ -288,13 +288,12 @@ def served_cells(hidden_TH: Tensor, population: Population, view: View) -> tuple
     address_TN, server_TN = view.address_N.expand(shape), view.server_N.expand(shape)
     if not len(view.columns_M):
         return address_TN, server_TN
-    facets_TP = F.linear(hidden_TH.float(), population.facet_normal, population.facet_offset)
-    side_TP = torch.where(facets_TP >= 0, 1.0, -1.0)
-    # A leaf is satisfied when every facet on its path agrees; exactly one leaf of a cell is.
-    satisfied_TL = ((side_TP @ view.sides_PL) == view.path_length_L).float()
-    address_TM = (satisfied_TL @ view.address_LM).round().long()
-    server_TM = (satisfied_TL @ view.server_LM).round().long()
-    return address_TN.index_copy(1, view.columns_M, address_TM), server_TN.index_copy(1, view.columns_M, server_TM)
+    side_TP = F.linear(hidden_TH.float(), population.facet_normal, population.facet_offset) >= 0
+    node_TM = view.root_M.expand(hidden_TH.shape[0], -1)
+    for _ in range(view.trees.depth):
+        node_TM = view.trees.step(node_TM, side_TP.gather(1, view.trees.facet_Q[node_TM]))
+    address_TN = address_TN.index_copy(1, view.columns_M, view.address_Q[node_TM])
+    return address_TN, server_TN.index_copy(1, view.columns_M, view.server_Q[node_TM])
 
 
 def load_balancing_loss(logits_TN: Tensor, clades_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:

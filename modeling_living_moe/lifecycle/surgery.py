@@ -70,6 +70,11 @@ class DraftRow:
     #: An address the expert takes over instead of its source's.
     address: DraftTombstone | None = None
 
+    def is_still(self, slab: str, number: int) -> bool:
+        """Whether the expert stays in its row with all it has."""
+        unchanged = self.life == "same" and self.sources == (RowSource(slab, number),)
+        return unchanged and self.key_sources is None and self.address is None
+
 
 @dataclass
 class DraftTombstone:
@@ -473,13 +478,22 @@ class LayerDraft:
             for name in IDENTITY:
                 column = torch.tensor([getattr(row, name) for row in rows], dtype=torch.int64)
                 getattr(identity[slab], name)[: len(rows)] = column.to(device)
-            for number, row in enumerate(rows):
+            changed = [n for n, row in enumerate(rows) if not row.is_still(slab, n)]
+            # Those that stay where they are, all but a few, in one piece.
+            _keep_rows(vitals[slab], old_vitals.get(slab), len(rows))
+            if slab in old_identity:
+                kept = min(len(rows), edit.capacity_before)
+                identity[slab].bias[:kept] = old_identity[slab].bias[:kept]
+            for number in changed:
+                row = rows[number]
                 bias = sum(old_identity[s.slab].bias[s.row] * s.weight for s in self._sources(slab, number, "key"))
                 identity[slab].bias[number] = bias if row.address is None else row.address.bias
                 _live_on(vitals[slab], number, row, old_vitals)
             if block.plasticity is not None:
                 pasts[slab] = PlasticityTable(edit.capacity_after, block.router.d_key).to(device)
-                for number in range(len(rows)):
+                before = block.plasticity.table(slab) if slab in old_identity else None
+                _keep_rows(pasts[slab], before, len(rows))
+                for number in changed:
                     _inherit(pasts[slab], number, self._sources(slab, number, "key"), block.plasticity)
                     address = rows[number].address
                     if address is not None:
@@ -515,6 +529,14 @@ class LayerDraft:
             return lambda: None
         keys, biases = [t.key_H for t in drafts], [t.bias for t in drafts]
         return lambda: self.block.population.write_tombstones(places, keys, biases)
+
+
+def _keep_rows(table: nn.Module, before: nn.Module | None, rows: int) -> None:
+    """Copy the first rows of every column from the table before, as many as both have and are alive after."""
+    for name, column in table.named_buffers():
+        if before is not None:
+            kept = min(rows, len(before.get_buffer(name)))
+            column[:kept] = before.get_buffer(name)[:kept]
 
 
 def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, VitalsTable]) -> None:
