@@ -27,7 +27,7 @@ T tokens, K experts per token, C slots, H hidden, I intermediate, N = T*K pairs,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -215,16 +215,19 @@ class _ActiveExperts(torch.autograd.Function):
 
 def _segments_mm(inputs: Sequence[Tensor], weights: Tensor, active: Sequence[int], outputs: Sequence[Tensor]) -> None:
     """outputs[i] = inputs[i] @ weights[active[i]] for every segment."""
-    rows: Any = weights
-    if 8 * len(active) > len(weights):
-        # All rows at once are cheaper than many one by one, and dearer than a few of very many.
-        rows = weights.unbind(0)
+    rows = _rows(weights, active)
     if weights.dtype == (inputs[0].dtype if inputs else weights.dtype):
         for row, segment, output in zip(active, inputs, outputs, strict=True):
             torch.mm(segment, rows[row], out=output)
     else:
         for row, segment, output in zip(active, inputs, outputs, strict=True):
             torch.mm(segment, rows[row].to(segment.dtype), out=output)
+
+
+def _rows(weights: Tensor, active: Collection[int]) -> Any:
+    """Something that indexed by a row in `active` gives a view of it."""
+    # All rows at once are cheaper than many one by one, and dearer than a few of very many.
+    return weights.unbind(0) if 8 * len(active) > len(weights) else weights
 
 
 def _gate_backward(
@@ -258,7 +261,7 @@ def _weight_gradient(
         target, filled = dense, set()
     else:
         target, filled = buffer.rows, buffer.filled
-    out_rows = target.unbind(0)
+    out_rows = _rows(target, active)
     for row, left, right in segments:
         if row in filled:
             # addmm_ has no mixed-dtype form.
@@ -277,7 +280,7 @@ def _zero_rows(tensor: Tensor, rows: set[int]) -> None:
     if len(rows) == tensor.shape[0]:
         tensor.zero_()
         return
-    views = tensor.unbind(0)
+    views = _rows(tensor, rows)
     for row in rows:
         views[row].zero_()
 
@@ -315,17 +318,31 @@ class GradientRows:
             found = cls._of_parameter[parameter] = cls(parameter)
         elif parameter.grad is not None and parameter.grad is not found.rows:
             return None
-        if found.rows._version != found._version:
-            found.filled = set(range(parameter.shape[0]))
+        found._look()
         if parameter.grad is None:
             _zero_rows(found.rows, found.filled.difference(active))
             found.filled = set()
             parameter.grad = found.rows
         return found
 
-    def note_written(self, rows: Sequence[int]) -> None:
+    @classmethod
+    def of(cls, parameter: Tensor) -> GradientRows | None:
+        """The buffer that is the parameter's `.grad`, with `filled` up to date; None if its gradient is another."""
+        found = cls._of_parameter.get(parameter)
+        if found is None or parameter.grad is not found.rows:
+            return None
+        found._look()
+        return found
+
+    def note_written(self, rows: Sequence[int] = ()) -> None:
+        """After writing to `rows`, or scaling the gradient; nothing else may have been written in between."""
         self.filled.update(rows)
         self._version = self.rows._version
+
+    def _look(self) -> None:
+        """Believe no row to be zero if somebody else wrote."""
+        if self.rows._version != self._version:
+            self.filled = set(range(self.rows.shape[0]))
 
     def _fits(self, parameter: Tensor) -> bool:
         return (self.rows.shape, self.rows.dtype, self.rows.device) == (
@@ -333,6 +350,47 @@ class GradientRows:
             parameter.dtype,
             parameter.device,
         )
+
+
+def filled_rows(parameters: Sequence[Tensor]) -> list[int] | None:
+    """Rows, ascending, in which any of these direct gradients may hold something; None where that is not known."""
+    buffers = [GradientRows.of(parameter) for parameter in parameters]
+    if any(buffer is None for buffer in buffers):
+        return None
+    return sorted(set().union(*(buffer.filled for buffer in buffers if buffer is not None)))
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, 0-dim: `torch.nn.utils.get_total_norm`, of direct gradients the rows alone
+    that may hold something."""
+    parts: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parts += _filled_rows(parameter.grad, GradientRows.of(parameter))
+    return torch.nn.utils.get_total_norm(parts)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Sequence[Tensor], factor: float) -> None:
+    """Multiply all gradients, of direct gradients the rows alone that may hold something."""
+    parts: list[Tensor] = []
+    buffers: list[GradientRows] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            buffer = GradientRows.of(parameter)
+            buffers += [] if buffer is None else [buffer]
+            parts += _filled_rows(parameter.grad, buffer)
+    if parts:
+        torch._foreach_mul_(parts, factor)
+    for buffer in buffers:
+        buffer.note_written()
+
+
+def _filled_rows(grad: Tensor, buffer: GradientRows | None) -> list[Tensor]:
+    """The gradient in as few pieces as hold all that is not zero."""
+    if buffer is None or 2 * len(buffer.filled) > len(grad):
+        return [grad]
+    return [grad[row] for row in sorted(buffer.filled)]
 
 
 def _may_bypass_autograd(parameter: Tensor) -> bool:

@@ -165,7 +165,13 @@ class LivingMoeBlock(nn.Module):
             field_T, fields = context.gate.index.to(hidden_TH.device).reshape(-1), context.gate.present
         choices: dict[int, tuple[Tensor, Tensor]] | None = {} if context.keep_choices and not in_backward() else None
         _, weights_TK, index_TK = self.router(
-            hidden_TH, self.population, field_T, fields, choices, context.all_logits or self.has_fields
+            hidden_TH,
+            self.population,
+            field_T,
+            fields,
+            choices,
+            all_logits=context.all_logits,
+            may_search=not self.has_fields,
         )
         if choices is not None:
             context.choices[self.layer] = choices

@@ -87,18 +87,27 @@ def _turn(chunk: int) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def sketch_rows(gradients: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
+def sketch_rows(
+    gradients: Sequence[Tensor], count: int, filled: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Count sketch and L2 norm of each expert's gradient.
 
     Args:
         gradients: Of an expert's tensors, in a fixed order, each (C, ...), any float dtype.
         count: E; only the first E rows are read.
+        filled: The rows, ascending, in which any gradient is not zero, if that is known: no other is read.
 
     Returns:
         sketch: fp32 (E, SKETCH).
         norm: fp32 (E,), exact.
     """
     device = gradients[0].device
+    rows_read = None if filled is None else [row for row in filled if row < count]
+    if rows_read is not None and 2 * len(rows_read) <= count:
+        place = torch.tensor(rows_read, dtype=torch.int64, device=device)
+        few = sketch_rows([gradient.index_select(0, place) for gradient in gradients], len(rows_read))
+        sketch, norm = (part.new_zeros(count, *part.shape[1:]).index_copy_(0, place, part) for part in few)
+        return sketch, norm
     hashes = _hashes(device)
     sketch = torch.zeros(count, SKETCH, device=device)
     squares = torch.zeros(count, device=device)

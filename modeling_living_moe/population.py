@@ -338,10 +338,16 @@ class Population(KeepsDtype):
     def capacity(self, slab: str) -> int:
         return self.table(slab).uid.numel() if slab in self._modules else 0
 
-    def stale(self) -> None:
-        """Forget what was derived from the tables; call after changing them."""
+    def stale(self, *, leaves: bool = True) -> None:
+        """Forget what was derived from the tables; call after changing them.
+
+        Args:
+            leaves: Whether the tables of facets changed too; their reading takes longest.
+        """
         self.version += 1
-        self._members = self._leaves = self._alive = self._tombstones = self._is_biased = None
+        self._members = self._alive = self._tombstones = self._is_biased = None
+        if leaves:
+            self._leaves = None
         self._views.clear()
         self._books.clear()
 
@@ -600,6 +606,8 @@ class Population(KeepsDtype):
         self.leaf_uid = torch.tensor([leaf.uid for leaf in leaves], dtype=torch.int64, device=device)
         self.leaf_path = path.to(device)
         self.stale()
+        # As they would be read.
+        self._leaves = [Leaf(leaf.uid, tuple(sorted((place[f], side) for f, side in leaf.path))) for leaf in leaves]
 
     def write_tombstones(
         self, tombstones: Sequence[Tombstone], keys: Sequence[Tensor], biases: Sequence[float]
@@ -611,7 +619,7 @@ class Population(KeepsDtype):
         empty = torch.zeros(0, self.key_size, device=device)
         self.tombstone_key = torch.stack([key.to(device, torch.float32) for key in keys]) if keys else empty
         self.tombstone_bias = torch.tensor(biases, dtype=torch.float32, device=device)
-        self.stale()
+        self.stale(leaves=False)
 
 
 def split_leaves(leaves: Sequence[Leaf], parent: int, child: int, facet: int) -> list[Leaf]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from living_moe.configuration.errors import ConfigurationError
@@ -56,6 +58,11 @@ class LearnedTemperature(KeepsDtype):
         init.zeros_(self.log_ratio)
 
 
+#: Addresses per place from which the gradient of a token's scores is taken at the chosen ones only. Below, two matrix
+#: products are as quick as reading and adding keys one by one.
+SPARSE_FROM = 64
+
+
 class Keys(nn.ParameterDict):
     """Keys per slab, (C, H) each, listed in slot order whatever the order they came in."""
 
@@ -79,7 +86,8 @@ class LivingRouter(nn.Module):
 
     Stages of `forward`: queries; logits of all alive experts; per field, the serving member of each clade; choice among
     clades; each token takes the choice of its own field. With very many keys the logits are those of the candidates a
-    search finds, nothing else changes.
+    search finds, nothing else changes. With many keys, and where weights depend on the scores of the chosen alone, the
+    backward pass reads and writes the keys of the chosen; the others' gradients are zero either way.
 
     Args:
         scoring: The source family's rule.
@@ -164,6 +172,7 @@ class LivingRouter(nn.Module):
         fields: Sequence[int] = (),
         choices: dict[int, tuple[Tensor, Tensor]] | None = None,
         all_logits: bool = True,
+        may_search: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send each token to its experts.
 
@@ -173,33 +182,58 @@ class LivingRouter(nn.Module):
             field_T: int64, the field of each token; None reads every token in the root field.
             fields: Newborn fields that tokens are in.
             choices: Filled with (clade logits (T, N), chosen clades (T, K)) of each field, if given.
-            all_logits: Whether somebody reads the logits, so that a search for candidates will not do.
+            all_logits: Whether somebody reads the logits, so that a search for candidates will not do, and all of them
+                need their gradient.
+            may_search: Whether a search may serve this layer.
 
         Returns:
             logits_TE: Raw scores of the alive experts in slot order, as the source's router returns them; of the
-                candidates only where a search found them.
+                candidates only where a search found them, and perhaps without gradient unless `all_logits`.
             weights_TK: Routing weights.
             index_TK: int64, the chosen experts in slot order; UNUSED where a token needs fewer than K.
         """
         query_TD = self.queries(hidden_TH)
         keys_ED = self.keys(population.alive)
-        if self.search is not None and choices is None and not all_logits:
+        if self.search is not None and choices is None and may_search and not all_logits:
             found = self._choose_among_candidates(hidden_TH, query_TD, keys_ED, population)
             if found is not None:
                 return found
-        logits_TE = self.logits(query_TD, keys_ED)
+        count = len(keys_ED) + len(population.tombstone_bias)
+        sparse = choices is None and not all_logits and self._spares_gradients(count)
+        # Detached, not under `no_grad`: autocast would keep the keys that were cast there, without a gradient.
+        scored_TD, scored_ED = (query_TD.detach(), keys_ED.detach()) if sparse else (query_TD, keys_ED)
+        logits_TE = self.logits(scored_TD, scored_ED)
         logits_TA = logits_TE
         if population.tombstone_bias.numel():
-            left_TD = self.logits(query_TD, population.tombstone_key)
+            left_TD = self.logits(scored_TD, population.tombstone_key)
             logits_TA = torch.cat([logits_TE, left_TD], dim=1)
-        weights_TK, index_TK = self.choose(hidden_TH, logits_TA, population, 0, choices)
+        chosen = self.choose(hidden_TH, logits_TA, population, 0, choices)
         if field_T is not None:
             for field in fields:
-                weights, index = self.choose(hidden_TH, logits_TA, population, field, choices)
                 mine_T1 = (field_T == field).unsqueeze(-1)
-                weights_TK = torch.where(mine_T1, weights, weights_TK)
-                index_TK = torch.where(mine_T1, index, index_TK)
-        return logits_TE, weights_TK, index_TK
+                others = self.choose(hidden_TH, logits_TA, population, field, choices)
+                chosen = Choice(*(torch.where(mine_T1, new, old) for new, old in zip(others, chosen, strict=True)))
+        weights_TK = chosen.weights_TK
+        if sparse:
+            weights_TK = self._with_gradient(chosen, query_TD, keys_ED, population, logits_TA)
+        return logits_TE, weights_TK, chosen.index_TK
+
+    def _spares_gradients(self, addresses: int) -> bool:
+        """Whether gradients are taken at the chosen addresses only."""
+        many = addresses >= SPARSE_FROM * self.selection.places
+        return many and torch.is_grad_enabled() and self.selection.weighs_the_chosen()
+
+    def _with_gradient(
+        self, chosen: Choice, query_TD: Tensor, keys_ED: Tensor, population: Population, logits_TA: Tensor
+    ) -> Tensor:
+        """The weights of a choice made without gradients, bit for bit, with those they have by the chosen scores."""
+        keys_AD = keys_ED
+        if population.tombstone_bias.numel():
+            keys_AD = torch.cat([keys_ED, population.tombstone_key.to(keys_ED.dtype)])
+        keys_AD = self.comparable(keys_AD, query_TD.dtype)
+        logits_TK = _ChosenLogits.apply(query_TD, keys_AD, chosen.address_TK, logits_TA, self.temperature)
+        weights_TK = self.selection.weigh(logits_TK, chosen.index_TK != UNUSED)
+        return _ValueOf.apply(chosen.weights_TK, weights_TK)
 
     def choose(
         self,
@@ -208,8 +242,8 @@ class LivingRouter(nn.Module):
         population: Population,
         field: int,
         choices: dict[int, tuple[Tensor, Tensor]] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Weights and slot-order indices (T, K) of the experts that tokens of `field` go to.
+    ) -> Choice:
+        """The experts that tokens of `field` go to.
 
         `logits_TA` scores every address: E of the alive, then D of the tombstones.
         """
@@ -223,10 +257,11 @@ class LivingRouter(nn.Module):
         weights_TK, clades_TK = self.selection(logits_TN, bias_TN, view)
         if choices is not None:
             choices[field] = (logits_TN[:, : view.num_open], clades_TK)
-        if server_TN is None:
-            return weights_TK, clades_TK
-        index_TK = server_TN.gather(1, clades_TK.clamp(min=0))
-        return weights_TK, index_TK.masked_fill(clades_TK == UNUSED, UNUSED)
+        cell_TK = clades_TK.clamp(min=0)
+        if address_TN is None or server_TN is None:
+            return Choice(weights_TK, clades_TK, cell_TK)
+        index_TK = server_TN.gather(1, cell_TK).masked_fill(clades_TK == UNUSED, UNUSED)
+        return Choice(weights_TK, index_TK, address_TN.gather(1, cell_TK))
 
     def _choose_among_candidates(
         self, hidden_TH: Tensor, query_TD: Tensor, keys_ED: Tensor, population: Population
@@ -261,7 +296,7 @@ class LivingRouter(nn.Module):
         compared = self.choose(hidden_TH[few], self.tempered(F.linear(query_TD[few], keys_AD)), population, 0)
         parts = [
             one.new_zeros(len(query_TD), one.shape[1]).index_copy(0, enough, one).index_copy(0, few, other)
-            for one, other in zip(searched, compared, strict=True)
+            for one, other in zip(searched, compared[:2], strict=True)
         ]
         return logits_TC, parts[0], parts[1]
 
@@ -270,6 +305,53 @@ class LivingRouter(nn.Module):
         weights_TK, columns_TK = self.selection(logits_TC, None, CandidateColumns(logits_TC.shape[1]))
         index_TK = book.server_A[candidates_TC].gather(1, columns_TK.clamp(min=0))
         return weights_TK, index_TK.masked_fill(columns_TK == UNUSED, UNUSED)
+
+
+class Choice(NamedTuple):
+    """Whom tokens go to: weights, experts in slot order (UNUSED where a place is not used), their addresses; (T, K)."""
+
+    weights_TK: Tensor
+    index_TK: Tensor
+    address_TK: Tensor
+
+
+class _ChosenLogits(torch.autograd.Function):
+    """Scores (T, K) of the chosen addresses among those of all, with the gradients of their own products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_TD: Tensor, keys_AD: Tensor, address_TK: Tensor, logits_TA: Tensor, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(query_TD, keys_AD, address_TK)
+        ctx.temperature = temperature
+        return logits_TA.gather(1, address_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
+        query_TD, keys_AD, address_TK = ctx.saved_tensors
+        grad_query = grad_keys = None
+        with torch.autocast(grad_TK.device.type, enabled=False):
+            grad_TK = grad_TK.to(query_TD.dtype) / ctx.temperature
+            if ctx.needs_input_grad[0]:
+                chosen_TKD = keys_AD[address_TK].to(query_TD.dtype)
+                grad_query = torch.bmm(grad_TK.unsqueeze(1), chosen_TKD).squeeze(1)
+            if ctx.needs_input_grad[1]:
+                pulls_TKD = (grad_TK.unsqueeze(2) * query_TD.unsqueeze(1)).to(keys_AD.dtype)
+                grad_keys = torch.zeros_like(keys_AD).index_add_(0, address_TK.flatten(), pulls_TKD.flatten(0, 1))
+        return grad_query, grad_keys, None, None, None
+
+
+class _ValueOf(torch.autograd.Function):
+    """The first argument's value with the gradient of the second, its equal up to rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, differentiable: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,17 @@ class Selection(KeepsDtype):
         """Why every score must be known, or None if the best candidates suffice."""
         raise NotImplementedError
 
+    def weighs_the_chosen(self) -> bool:
+        """Whether weights depend on the scores of the chosen alone, so that no other score has a gradient."""
+        raise NotImplementedError
+
+    def weigh(self, logits_TK: Tensor, used_TK: Tensor) -> Tensor:
+        """Weights of chosen columns (T, K) from their scores, where `weighs_the_chosen`; 0 where a place is not used.
+
+        Equal to those of `forward`, which may have summed in another order.
+        """
+        raise NotImplementedError
+
 
 class FamilySelection(Selection):
     """The source family's top-k."""
@@ -107,6 +118,16 @@ class FamilySelection(Selection):
             return "a softmax that is not renormalised over the chosen"
         return None
 
+    def weighs_the_chosen(self) -> bool:
+        return self.scoring.function != "softmax" or self.scoring.normalise
+
+    def weigh(self, logits_TK: Tensor, used_TK: Tensor) -> Tensor:
+        if self.scoring.function == "softmax":
+            weights_TK = F.softmax(logits_TK, dim=-1, dtype=torch.float32)
+        else:
+            weights_TK = logits_TK.float().sigmoid()
+        return finish(weights_TK, self.scoring, logits_TK.dtype)
+
 
 class TopAny(Selection):
     """Every clade whose score is above the layer's threshold; always the best one, never more than `places`.
@@ -138,13 +159,20 @@ class TopAny(Selection):
         top_TK, chosen_TK = choice_TN.topk(min(self.places, columns.num_open), dim=-1)
         used_TK = top_TK > 0
         used_TK[:, 0] = True
-        height_TK = height_TN.gather(1, chosen_TK)
+        weights_TK = self.weigh(logits_TN.gather(1, chosen_TK), used_TK)
+        # Fields may differ in how many clades they see, and must not in places.
+        missing = (0, self.places - chosen_TK.shape[1])
+        return F.pad(weights_TK, missing), F.pad(chosen_TK.masked_fill(~used_TK, UNUSED), missing, value=UNUSED)
+
+    def weigh(self, logits_TK: Tensor, used_TK: Tensor) -> Tensor:
+        rule = self.scoring
+        score_TK = logits_TK.float()
+        height_TK = score_TK - self.threshold
         if self.gate == "relu":
             weights_TK = F.relu(height_TK)
             floor_T = FLOOR * height_TK[:, 0].clamp(max=0).exp()
             weights_TK = torch.cat([torch.maximum(weights_TK[:, :1], floor_T[:, None]), weights_TK[:, 1:]], dim=1)
         else:
-            score_TK = open_TN.gather(1, chosen_TK)
             if rule.function == "softmax":
                 weights_TK = F.softmax(score_TK.masked_fill(~used_TK, float("-inf")), dim=-1)
             else:
@@ -153,12 +181,10 @@ class TopAny(Selection):
             # One in the forward pass; its gradient is that of a soft step, so that who is chosen is learned too.
             soft_TK = height_TK.sigmoid()
             weights_TK = weights_TK * (1.0 + soft_TK - soft_TK.detach())
-        weights_TK = (weights_TK * used_TK * rule.scaling).to(
-            logits_TN.dtype if rule.cast_weights else weights_TK.dtype
-        )
-        # Fields may differ in how many clades they see, and must not in places.
-        missing = (0, self.places - chosen_TK.shape[1])
-        return F.pad(weights_TK, missing), F.pad(chosen_TK.masked_fill(~used_TK, UNUSED), missing, value=UNUSED)
+        return (weights_TK * used_TK * rule.scaling).to(logits_TK.dtype if rule.cast_weights else weights_TK.dtype)
+
+    def weighs_the_chosen(self) -> bool:
+        return True
 
     @torch.no_grad()
     def steer(self, density: Tensor) -> None:

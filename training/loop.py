@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from living_moe.configuration.errors import TrainingDivergedError, TrainingError
+from living_moe.modeling_living_moe.active_experts import gradient_norm, scale_gradients
 from living_moe.modeling_living_moe.distributed import gather_objects, sum_over_ranks, world_size
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
 from living_moe.training.checkpointing import (
@@ -215,11 +216,10 @@ class LivingTrainer:
             Mean loss over ranks, and the gradient's norm before clipping (None where nothing clips).
         """
         numbers = [sum_over_ranks(loss / world_size())]
-        grads: list[Tensor] = []
+        parameters = list(self.model.parameters()) if self.max_grad_norm else []
         if self.max_grad_norm:
             self.accelerator.unscale_gradients()
-            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            numbers.append(torch.nn.utils.get_total_norm(grads).to(loss.device, loss.dtype))
+            numbers.append(gradient_norm(parameters).to(loss.device, loss.dtype))
         values: list[float] = torch.stack(numbers).tolist()
         # fp16 looks for overflown gradients itself, and skips the step.
         checked = values if self.accelerator.scaler is None else values[:1]
@@ -230,7 +230,7 @@ class LivingTrainer:
             return values[0], None
         # As torch's `clip_grad_norm_`, less the pass over all gradients that would multiply them by one.
         if (shrink := self.max_grad_norm / (values[1] + 1e-6)) < 1:
-            torch._foreach_mul_(grads, shrink)
+            scale_gradients(parameters, shrink)
         return values[0], values[1]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

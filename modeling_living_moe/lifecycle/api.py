@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import PopulationError
+from living_moe.modeling_living_moe.active_experts import filled_rows
 from living_moe.modeling_living_moe.balance import balance_step
 from living_moe.modeling_living_moe.block import LivingMoeBlock, SlotParameter
 from living_moe.modeling_living_moe.distributed import (
@@ -776,9 +777,9 @@ def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tens
         if block.experts.is_packed(slab):
             continue
         weights = block.experts.weights(slab)
-        gradients = [p.grad for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
-        if gradients:
-            sketches[slab], norms[slab] = sketch_rows(gradients, count)
+        parameters = [p for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
+        if parameters:
+            sketches[slab], norms[slab] = sketch_rows([p.grad for p in parameters], count, filled_rows(parameters))
     return norms, sketches
 
 

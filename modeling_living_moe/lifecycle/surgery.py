@@ -310,7 +310,7 @@ class LayerDraft:
         def commit() -> None:
             for step in commits:
                 step()
-            block.population.stale()
+            block.population.stale(leaves=False)
             block.vitals.follow(new_index, len(place))
             if block.plasticity is not None:
                 block.plasticity.follow(new_index)
