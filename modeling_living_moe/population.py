@@ -176,9 +176,9 @@ class Trees:
     next_Q2: Tensor
     depth: int
 
-    def step(self, node: Tensor, positive: Tensor) -> Tensor:
-        """The next node of each, int64; `positive` is the side of its facet."""
-        return self.next_Q2.view(-1)[2 * node + positive]
+    def step(self, node_S: Tensor, positive_S: Tensor) -> Tensor:
+        """The next nodes, int64; `positive_S` is the side of each one's facet."""
+        return self.next_Q2.view(-1).index_select(0, (2 * node_S).add_(positive_S.long()))
 
 
 @dataclass(frozen=True)

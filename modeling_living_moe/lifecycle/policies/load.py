@@ -62,8 +62,7 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circums
         under = per_expert < config.death_load and old and not frozen
         overloaded = values["overloaded"] + 1 if over else 0
         starved = values["starved"] + 1 if under else 0
-        table = block.vitals.table(member.slab)
-        table.overloaded[member.row], table.starved[member.row] = int(overloaded), int(starved)
+        rows[member.slab]["overloaded"][member.row], rows[member.slab]["starved"][member.row] = overloaded, starved
         cost = block.experts.bytes_per_expert(member.slab)
         if mature and not frozen:
             fertile.append(Fertile(values["load"], member.uid, cost, longer))
@@ -77,4 +76,8 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circums
             reason = Reason("load", per_expert, config.death_load)
             urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
             proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency, displaced=per_expert))
+    for slab, values_of in rows.items():
+        for name in ("overloaded", "starved"):
+            column = getattr(block.vitals.table(slab), name)
+            column.copy_(torch.tensor(values_of[name], dtype=column.dtype))
     return with_split_of_alike(proposals, fertile, block, config)
