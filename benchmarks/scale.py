@@ -7,8 +7,8 @@ in one process, taking turns. *parted*: 1,400 clades, so every token is compared
 were trained to share the tokens, the others are zero. *grown*: 8 clades as splits leave them, 175 members each, so
 every token walks 8 trees of facets; three levels of facets at the medians of what reaches them give each clade eight
 members with tokens, the others were born behind facets that no token crosses. Forward (with loss), backward, clipping
-as `LivingTrainer` does it, `LivingAdamW`, lifecycle step and zero_grad are timed apart; a ratio is that of the sums, the
-median over rounds. "active" experts with direct gradients, top-2, fp32, 2,048 tokens a step, vocabulary 1,024.
+as `LivingTrainer` does it, `LivingAdamW`, lifecycle step and zero_grad are timed apart; a ratio is that of the sums,
+the median over rounds. "active" experts with direct gradients, top-2, fp32, 2,048 tokens a step, vocabulary 1,024.
 
 **growth**: a run from 8 experts to 1,408 by the policy `load`, on random text of a skewed distribution. Printed: steps
 and CPU seconds, splits, slab growths, the time of an event at the end, peak memory; and of every newborn whether its
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
 import resource
 import statistics
@@ -185,7 +186,7 @@ def timed_step(model: LivingMoeForCausalLM, optimizer: LivingAdamW, batch: Tenso
     marks.append(time.process_time())
     optimizer.zero_grad()
     marks.append(time.process_time())
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 @torch.no_grad()
@@ -230,7 +231,9 @@ def steps_report(experts: int, rounds: int, shapes: Sequence[Shape]) -> str:
             rows += compare(shape, experts, kind, rounds)
             print(markdown_table(HEADER, rows[-len(PARTS) - 1 :]), flush=True)
             gc.collect()
-    return f"## Steps\n\n{machine()}, medians of {rounds} rounds, ms of processor time.\n\n{markdown_table(HEADER, rows)}"
+    return (
+        f"## Steps\n\n{machine()}, medians of {rounds} rounds, ms of processor time.\n\n{markdown_table(HEADER, rows)}"
+    )
 
 
 HEADER = ("population", "with tokens", "part", "8 experts", "many", "ratio")
@@ -253,7 +256,7 @@ def weights_of(model: LivingMoeForCausalLM, uid: int) -> Tensor:
     return torch.cat([slab.gate_up_proj[member.row].flatten(), slab.down_proj[member.row].flatten()]).detach().clone()
 
 
-def grow(most: int, after: int = 100, per_step: int = 24) -> list[tuple[str, str]]:
+def grow(most: int, after: int = 60, per_step: int = 32) -> list[tuple[str, str]]:
     """Train while the population grows to `most` experts, and `after` steps longer; what there is to say of it."""
     torch.manual_seed(0)
     # Everybody above the uniform share of all there will be is overloaded; nobody starves, nobody rests.
@@ -287,7 +290,7 @@ def grow(most: int, after: int = 100, per_step: int = 24) -> list[tuple[str, str
     moved = {uid: not torch.equal(weights_of(model, uid), weights) for uid, weights in born.items()}
     idle = [uid for uid in born if not received[uid]]
     assert all(moved[uid] == bool(received[uid]) for uid in born), "a newborn did not train, or moved without tokens"
-    trained = len(born) - len(idle)
+    trained, still = len(born) - len(idle), len(born) - sum(moved.values())
     return [
         ("experts", f"{FEW} to {model.expert_counts[0]:,}"),
         ("steps, of which after the last split", f"{steps}, {after}"),
@@ -295,7 +298,10 @@ def grow(most: int, after: int = 100, per_step: int = 24) -> list[tuple[str, str
         ("splits, slab growths", f"{len(born):,}, {growths}"),
         ("milliseconds per split, mean and at the end", f"{1e3 * splitting / len(born):.0f}, {1e3 * last:.0f}"),
         ("newborns that received tokens, and whose weights moved", f"{trained:,}, {sum(moved.values()):,}"),
-        ("newborns that never received one, and are as they were born", f"{len(idle):,}, {len(born) - sum(moved.values()):,}"),
+        (
+            "newborns that never received one, and are as they were born",
+            f"{len(idle):,}, {still:,}",
+        ),
         ("longest path of facets", str(model.living_blocks[0].population.view(0, batch.device).trees.depth)),
         ("loss, nats per token", f"{float(loss):.3f}"),
         ("peak memory of the process", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"),
@@ -344,7 +350,9 @@ def overhead(shape: Shape, rounds: int) -> list[str]:
                 seconds[side].append(time.process_time() - start)
             if side:
                 # What the lifecycle would have folded must not pile up for its next step.
-                model.model.forget_evidence()
+                for block in model.living_blocks:
+                    block.vitals.forget()
+                model.model.drift.take()
     assert model.expert_counts == [FEW] * shape.layers, "an event changed the population"
     one, other = (statistics.median(side) for side in seconds)
     paired = statistics.median(a / b for a, b in zip(*seconds, strict=True))

@@ -87,9 +87,7 @@ def _turn(chunk: int) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def sketch_rows(
-    gradients: Sequence[Tensor], count: int, filled: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
+def sketch_rows(gradients: Sequence[Tensor], count: int, filled: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Count sketch and L2 norm of each expert's gradient.
 
     Args:

@@ -187,7 +187,8 @@ class View:
 
     The first `num_open` cells can be chosen; the others, which nobody serves, are only scored. `address_N` is the
     address of each cell (of its first leaf, if it has several) and `server_N` the expert that serves there. Each of the
-    M cells with several leaves has a tree in `trees`, and the address and the server of each of its nodes that is a leaf.
+    M cells with several leaves has a tree in `trees`; of the nodes that are leaves, `address_Q` and `server_Q` are
+    theirs.
     """
 
     num_open: int

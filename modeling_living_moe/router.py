@@ -232,8 +232,9 @@ class LivingRouter(nn.Module):
             keys_AD = torch.cat([keys_ED, population.tombstone_key.to(keys_ED.dtype)])
         keys_AD = self.comparable(keys_AD, query_TD.dtype)
         # Products as they were before the temperature, whose own gradient is that of its division.
-        products_TA = logits_TA.detach() / self.tempered(logits_TA.new_ones(())).detach()
-        products_TK = _ChosenProducts.apply(query_TD, keys_AD, chosen.address_TK, products_TA)
+        scores_TK = logits_TA.detach().gather(1, chosen.address_TK)
+        products_TK = scores_TK / self.tempered(scores_TK.new_ones(())).detach()
+        products_TK = _ChosenProducts.apply(query_TD, keys_AD, chosen.address_TK, products_TK)
         weights_TK = self.selection.weigh(self.tempered(products_TK), chosen.index_TK != UNUSED)
         return _ValueOf.apply(chosen.weights_TK, weights_TK)
 
@@ -318,12 +319,12 @@ class Choice(NamedTuple):
 
 
 class _ChosenProducts(torch.autograd.Function):
-    """Products (T, K) of queries and the chosen keys among those with all, with the gradients of their own."""
+    """Known products (T, K) of queries and chosen keys, with their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query_TD: Tensor, keys_AD: Tensor, address_TK: Tensor, products_TA: Tensor) -> Tensor:
+    def forward(ctx: Any, query_TD: Tensor, keys_AD: Tensor, address_TK: Tensor, products_TK: Tensor) -> Tensor:
         ctx.save_for_backward(query_TD, keys_AD, address_TK)
-        return products_TA.gather(1, address_TK)
+        return products_TK.view_as(products_TK)
 
     @staticmethod
     @once_differentiable

@@ -151,7 +151,6 @@ class TopAny(Selection):
         init.constant_(self.threshold, self.first_threshold)
 
     def forward(self, logits_TN: Tensor, bias_TN: Tensor | None, columns: Columns) -> tuple[Tensor, Tensor]:
-        rule = self.scoring
         open_TN = logits_TN[:, : columns.num_open].float()
         height_TN = open_TN - self.threshold
         choice_TN = height_TN if bias_TN is None else height_TN + bias_TN[..., : columns.num_open]

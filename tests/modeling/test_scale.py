@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factories import FAMILIES, HIDDEN, living_model, live, token_ids
+from factories import FAMILIES, HIDDEN, live, living_model, token_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import assert_equals_oracle
