@@ -303,7 +303,7 @@ def grow(most: int, after: int = 60, per_step: int = 32) -> list[tuple[str, str]
             f"{len(idle):,}, {still:,}",
         ),
         ("longest path of facets", str(model.living_blocks[0].population.view(0, batch.device).trees.depth)),
-        ("loss, nats per token", f"{float(loss):.3f}"),
+        ("loss, nats per token", f"{float(loss.detach()):.3f}"),
         ("peak memory of the process", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"),
     ]
 

@@ -778,8 +778,9 @@ def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tens
             continue
         weights = block.experts.weights(slab)
         parameters = [p for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
-        if parameters:
-            sketches[slab], norms[slab] = sketch_rows([p.grad for p in parameters], count, filled_rows(parameters))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            sketches[slab], norms[slab] = sketch_rows(gradients, count, filled_rows(parameters))
     return norms, sketches
 
 

@@ -22,6 +22,7 @@ SECTIONS = {
     "top_any": {"router": {"selection": "top_any", "threshold": -0.5}},
     "rectified": {"router": {"selection": "top_any", "gate": "relu"}},
     "cosine": {"router": {"similarity": "cosine", "temperature": 0.2}},
+    "learned": {"router": {"similarity": "cosine", "temperature": 0.2, "learn_temperature": True}},
 }
 
 
