@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from living_moe.configuration.errors import TrainingError
-from living_moe.training.chaos import chaotic_dataset, chaotic_symbols
+from living_moe.training.chaos import chaotic_dataset, chaotic_symbols, entropy_rate
 
 
 def test_a_lone_site_is_the_logistic_map() -> None:
     """With so fine an alphabet the next symbol is what the map makes of this one."""
     fine = 1 << 20
-    path = chaotic_symbols(1, 50, symbols=fine, sites=1, coupling=0.0)[0].double() / fine
+    path = chaotic_symbols(1, 50, symbols=fine, sites=1, growth=(3.9, 3.9), coupling=0.0)[0].double() / fine
     torch.testing.assert_close(path[1:], 3.9 * path[:-1] * (1 - path[:-1]), rtol=0, atol=1e-5)
 
 
@@ -27,9 +27,17 @@ def test_near_starts_part() -> None:
     fine = 1 << 40
     start = chaotic_symbols(2000, 1, symbols=fine)[:, 0].double() / fine
     assert start.std() > 0.2
-    path = chaotic_symbols(1, 400, symbols=fine, sites=1, coupling=0.0)[0].double() / fine
-    exponent = (3.9 * (1 - 2 * path)).abs().log().mean()
-    assert 0.3 < exponent < 0.7
+    settings = {"sites": 1, "growth": (3.9, 3.9), "coupling": 0.0}
+    path = chaotic_symbols(1, 4000, symbols=fine, **settings)[0].double() / fine
+    exponent = float((3.9 * (1 - 2 * path)).abs().log().mean())
+    assert 0.45 < exponent < 0.55
+    assert entropy_rate(1, 4000, **settings) == pytest.approx(exponent, abs=1e-6)
+
+
+def test_lone_sites_make_new_information_each_on_its_own() -> None:
+    one = entropy_rate(20, 2000, sites=1, growth=(3.9, 3.9), coupling=0.0)
+    assert entropy_rate(20, 2000, sites=3, growth=(3.9, 3.9), coupling=0.0) == pytest.approx(3 * one, rel=0.05)
+    assert entropy_rate(20, 2000, sites=1, growth=(2.5, 3.4), coupling=0.0) == pytest.approx(0.0, abs=0.01)
 
 
 def conditional_entropy(symbols: torch.Tensor, context: int) -> float:
@@ -49,7 +57,7 @@ def test_more_past_tells_more_but_never_everything() -> None:
     symbols = chaotic_symbols(200, 1000, symbols=8)
     found = [conditional_entropy(symbols, context) for context in (0, 1, 2, 3)]
     assert math.log(8) > found[0] > found[1] + 0.1 > found[2] + 0.1
-    assert found[3] > 0.05
+    assert found[3] > entropy_rate(200, 1000)
 
 
 def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
@@ -59,7 +67,8 @@ def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"growth": 4.1}, {"coupling": -0.1}, {"symbols": 1}, {"sites": 0}, {"trajectories": 0}, {"steps": 0}]
+    "wrong",
+    [{"growth": (3.9, 4.1)}, {"coupling": -0.1}, {"symbols": 1}, {"sites": 0}, {"trajectories": 0}, {"steps": 0}],
 )
 def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(TrainingError, match=f"{next(iter(wrong))} must be"):

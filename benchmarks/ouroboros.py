@@ -1,0 +1,280 @@
+"""Ouroboros: what selection, Φ and escape give on a chaotic stream, and whether any of it carries over to text.
+
+    python benchmarks/ouroboros.py chaos text [--text FILE] [--seeds 0 1 2 3 4] [--profile small] [--workers 2] [--save]
+
+**chaos**: the next symbol of a ring of coupled logistic maps (`living_moe.training.chaos`) from the last eight, by an
+embedding, one mixture layer and a head. The stream is 100,000 map steps long, of 32 trajectories at once, read 20 steps
+at a time (small profile: 5,000 optimizer steps; the full one reads 1 step at a time: 100,000). All arms see the same
+symbols, start with 8 experts of which 2 serve a token, and have the same hidden size:
+
+- *standard MoE* is Transformers' Mixtral block with its load-balancing loss;
+- *Darwinian router* is the living block without its lifecycle (cosine in a latent space, learned temperature);
+- *+ split and death* is the preset `ouroboros`, up to 64 experts;
+- *+ Φ trigger* splits, with mutation, when Φ collapses too;
+- *+ Poincaré*, *+ Fourier* have the lifecycle, and may leave for another space when training stagnates and Φ collapses;
+- *all* is lifecycle, Φ trigger and the Poincaré ball;
+- *standard MoE, final size* has from the start as many experts as the second living arm at the end: equal parameters.
+
+Printed: held-out loss, experts at the end and on average, splits, deaths, slab growths (what the seed counts as router
+rebuilds), escapes, parameters, seconds. The claim under test is half the loss of the standard MoE.
+
+**text**: small Mixtrals from scratch on text, standard against living with the same presets.
+
+Losses in nats; cells are kept in benchmarks/results/ouroboros.jsonl and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cells import Cell, Result, markdown_table, mean_and_deviation, run_cells, section, text_name
+from growth import BATCH, BLOCK, text, train
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from living_moe import LivingMoeConfig, LivingMoeForCausalLM
+from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe
+from living_moe.training.chaos import chaotic_symbols
+from living_moe.training.evaluation import evaluate_blocks
+from living_moe.training.malloc import tune_malloc
+
+RESULTS = Path(__file__).parent / "results"
+SYMBOLS, CONTEXT, WIDTH, EXPERTS, TOP_K, MOST = 32, 8, 64, 8, 2, 64
+TRAJECTORIES, STREAM, HELD_OUT = 32, 100_000, 2_000
+LEARNING_RATE, BALANCE = 3e-3, 0.01
+#: Map steps that an optimizer step reads.
+PROFILES = {"small": 20, "full": 1}
+
+NO_LIFE: dict[str, Any] = {"lifecycle": {"enabled": False}}
+#: Decisions follow each other faster than in a model of language: the stream is all there is to learn.
+LIFE: dict[str, Any] = {"lifecycle": {"max_experts": MOST}}
+PHI: dict[str, Any] = {"lifecycle": {**LIFE["lifecycle"], "phi_trigger": 0.8}}
+LIVING: dict[str, dict[str, Any]] = {
+    "Darwinian router": NO_LIFE,
+    "+ split and death": LIFE,
+    "+ Φ trigger": PHI,
+    "+ Poincaré": {**LIFE, "escape": {"space": "poincare"}},
+    "+ Fourier": {**LIFE, "escape": {"space": "fourier"}},
+    "all": {**PHI, "escape": {"space": "poincare"}},
+}
+STANDARD, LARGE = "standard MoE", "standard MoE, final size"
+
+
+# -- chaos -------------------------------------------------------------------------------------------------------------
+
+
+class StandardMoe(nn.Module):
+    """Transformers' Mixtral block, and the inputs of its load-balancing loss."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.config = MixtralConfig(
+            hidden_size=WIDTH, intermediate_size=WIDTH, num_local_experts=experts, num_experts_per_tok=TOP_K,
+        )  # fmt: skip
+        self.config._experts_implementation = "grouped_mm"
+        self.block = MixtralSparseMoeBlock(self.config)
+        # Outside of a model nobody initialises them: as the living block does.
+        nn.init.normal_(self.block.gate.weight, std=WIDTH**-0.5)
+        for weight in (self.block.experts.gate_up_proj, self.block.experts.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.unsqueeze(0)).squeeze(0)
+
+    def balance_loss(self, x: Tensor) -> Tensor:
+        """Switch-Transformer's, over the tokens of a step."""
+        probabilities_TE = F.linear(x, self.block.gate.weight).softmax(dim=-1)
+        served_E = torch.zeros(probabilities_TE.shape[1]).scatter_add_(
+            0, probabilities_TE.topk(TOP_K).indices.flatten(), torch.ones(len(x) * TOP_K)
+        )
+        return probabilities_TE.shape[1] * (served_E / len(x) * probabilities_TE.mean(dim=0)).sum()
+
+
+class Predictor(nn.Module):
+    """The next symbol from the last CONTEXT ones."""
+
+    def __init__(self, mixture: nn.Module):
+        super().__init__()
+        self.embedding = nn.Embedding(SYMBOLS, WIDTH // 4)
+        self.mix = nn.Linear(CONTEXT * WIDTH // 4, WIDTH)
+        self.norm = nn.RMSNorm(WIDTH)
+        self.mixture = mixture
+        self.head = nn.Linear(WIDTH, SYMBOLS)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, CONTEXT) -> logits (T, SYMBOLS), and what the mixture read (T, WIDTH)."""
+        hidden = self.mix(self.embedding(context).flatten(1))
+        read = self.norm(hidden)
+        return self.head(hidden + self.mixture(read)), read
+
+
+def mixture_of(cell: Cell) -> nn.Module:
+    if cell["arm"] in LIVING:
+        return LivingMoeBlock.standalone(WIDTH, WIDTH, EXPERTS, TOP_K, **cell["config"])
+    return StandardMoe(cell.get("experts", EXPERTS))
+
+
+def chaos(cell: Cell) -> Result:
+    tune_malloc()
+    torch.manual_seed(cell["seed"])
+    model = Predictor(mixture_of(cell))
+    living = model.mixture if isinstance(model.mixture, StandaloneLivingMoe) else None
+    reads = PROFILES[cell["profile"]]
+    symbols = chaotic_symbols(TRAJECTORIES, CONTEXT + STREAM, symbols=SYMBOLS, seed=1000 + cell["seed"])
+    steps = STREAM // reads
+    optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    scheduler = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    counts, events, started = [], [], time.perf_counter()
+    for step in range(steps):
+        piece = symbols[:, step * reads : (step + 1) * reads + CONTEXT].unfold(1, CONTEXT + 1, 1).flatten(0, 1)
+        logits, read = model(piece[:, :-1])
+        loss = F.cross_entropy(logits, piece[:, -1])
+        total = loss if living is not None else loss + BALANCE * model.mixture.balance_loss(read)  # type: ignore[operator]
+        total.backward()
+        optimizer.step()
+        scheduler.step()
+        if living is not None:
+            events += living.lifecycle_step(optimizer, loss=loss.detach())
+            counts.append(living.num_experts)
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - started
+    kinds = [event.kind for event in events]
+    experts = living.num_experts if living is not None else cell.get("experts", EXPERTS)
+    return {
+        "loss": held_out_loss(model, cell["seed"]),
+        "experts": float(experts),
+        "mean_experts": statistics.fmean(counts or [experts]),
+        "parameters": float(sum(p.numel() for p in model.parameters())),
+        "train_seconds": seconds,
+        **{kind: float(kinds.count(kind)) for kind in ("split", "death", "grow", "escape")},
+    }
+
+
+@torch.no_grad()
+def held_out_loss(model: Predictor, seed: int) -> float:
+    """On trajectories that were never read."""
+    model.eval()
+    symbols = chaotic_symbols(TRAJECTORIES, CONTEXT + HELD_OUT, symbols=SYMBOLS, seed=seed)
+    pieces = symbols.unfold(1, CONTEXT + 1, 1).flatten(0, 1)
+    losses = [F.cross_entropy(model(part[:, :-1])[0], part[:, -1], reduction="sum") for part in pieces.split(4096)]
+    return float(torch.stack(losses).sum()) / len(pieces)
+
+
+def table(rows: list[tuple[Cell, Result]], standard: str) -> str:
+    by_arm = {arm: [r for cell, r in rows if cell["arm"] == arm] for arm in dict.fromkeys(c["arm"] for c, _ in rows)}
+    lines = []
+    for arm, mine in by_arm.items():
+        shares = [one["loss"] / other["loss"] for one, other in zip(mine, by_arm[standard], strict=True)]
+        lines.append(
+            [
+                arm,
+                mean_and_deviation([r["loss"] for r in mine]),
+                mean_and_deviation(shares, 3),
+                mean_and_deviation([r["experts"] for r in mine], 0),
+                mean_and_deviation([r["mean_experts"] for r in mine], 0),
+                *(mean_and_deviation([r[kind] for r in mine], 0) for kind in ("split", "death", "grow", "escape")),
+                f"{statistics.fmean(r['parameters'] for r in mine) / 1e3:,.0f} k",
+                mean_and_deviation([r["train_seconds"] for r in mine], 0),
+            ]
+        )
+    header = [
+        "arm", "held-out loss", "of the standard's", "experts at the end", "on average", "splits", "deaths",
+        "slab growths", "escapes", "parameters", "seconds",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def text_model(cell: Cell) -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=cell.get("experts", EXPERTS), num_experts_per_tok=TOP_K,
+        max_position_embeddings=BLOCK, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        output_router_logits=cell["arm"] not in LIVING, router_aux_loss_coef=BALANCE,
+        experts_implementation="grouped_mm",
+    )  # fmt: skip
+    if cell["arm"] not in LIVING:
+        return MixtralForCausalLM(config)
+    config.output_router_logits = False
+    return LivingMoeForCausalLM(LivingMoeConfig.from_backbone(config, preset="ouroboros", **cell["config"]))
+
+
+def on_text(cell: Cell) -> Result:
+    tune_malloc()
+    domain = text(cell["text"])
+    torch.manual_seed(cell["seed"])
+    model = text_model(cell)
+    started = time.perf_counter()
+    records, _ = train(model, domain.train, cell["steps"], cell["seed"])
+    seconds = time.perf_counter() - started
+    living = isinstance(model, LivingMoeForCausalLM)
+    kinds = [event.kind for event in model.lineage] if living else []
+    per_layer = [statistics.fmean(record.experts) for record in records if record.experts]
+    experts = float(cell.get("experts", EXPERTS))
+    return {
+        "loss": evaluate_blocks(model, domain.held_out, batch_size=BATCH).loss,
+        "experts": statistics.fmean(model.expert_counts) if living else experts,
+        "mean_experts": statistics.fmean(per_layer) if living else experts,
+        "parameters": float(sum(p.numel() for p in model.parameters())),
+        "train_seconds": seconds,
+        **{kind: float(kinds.count(kind)) for kind in ("split", "death", "grow", "escape")},
+    }
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def cells_of(common: Cell, arms: list[str], seeds: list[int]) -> list[Cell]:
+    return [
+        {**common, "arm": arm, "seed": seed} | ({"config": LIVING[arm]} if arm in LIVING else {})
+        for arm in arms
+        for seed in seeds
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=("chaos", "text"))
+    parser.add_argument("--profile", choices=PROFILES, default="small")
+    parser.add_argument("--text", help="text file; default: Python's documentation")
+    parser.add_argument("--steps", type=int, default=400, help="text: optimizer steps of 16 x 128 tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="write the tables to benchmarks/results/ouroboros.md")
+    options = parser.parse_args()
+    path, parts = RESULTS / "ouroboros.jsonl", []
+    for experiment in options.experiments:
+        common: Cell = {"experiment": experiment}
+        if experiment == "chaos":
+            common |= {"profile": options.profile}
+            function, arms = chaos, [STANDARD, *LIVING]
+            reads = PROFILES[options.profile]
+            what = f"{STREAM:,} map steps of {TRAJECTORIES} trajectories, {reads} at a time"
+        else:
+            common |= {"text": options.text, "steps": options.steps}
+            function, arms = on_text, [STANDARD, "Darwinian router", "+ split and death", "all"]
+            what = f"Text: {text_name(options.text)}. {options.steps} steps of {BATCH} x {BLOCK} tokens"
+        rows = run_cells(cells_of(common, arms, options.seeds), function, path, workers=options.workers)
+        grown = [result["experts"] for cell, result in rows if cell["arm"] == "+ split and death"]
+        large = {**common, "experts": round(statistics.fmean(grown))}
+        rows += run_cells(cells_of(large, [LARGE], options.seeds), function, path, workers=options.workers)
+        parts.append(section(experiment, what, options.seeds, table(rows, STANDARD)))
+        print(parts[-1], flush=True)
+    if options.save:
+        (RESULTS / "ouroboros.md").write_text("# Ouroboros\n\n" + "\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
