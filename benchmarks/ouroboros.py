@@ -264,8 +264,8 @@ def main() -> None:
             reads = PROFILES[options.profile]
             rate = entropy_rate(200, 1000)
             what = (
-                f"{STREAM:,} map steps of {TRAJECTORIES} trajectories, {reads} at a time; the maps make {rate:.3f} nats "
-                f"of new information a step"
+                f"{STREAM:,} map steps of {TRAJECTORIES} trajectories, {reads} at a time; the maps make {rate:.3f} "
+                f"nats of new information a step"
             )
         else:
             common |= {"text": options.text, "steps": options.steps}
