@@ -68,7 +68,7 @@ class Shape:
         return f"H {self.hidden}, I {self.intermediate}, {self.layers} layers".replace(", 1 layers", ", 1 layer")
 
 
-SHAPES = (Shape(128, 256, 4), Shape(256, 512, 1), Shape(512, 512, 1))
+SHAPES = (Shape(128, 256, 4), Shape(256, 512, 1))
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
