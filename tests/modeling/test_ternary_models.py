@@ -645,7 +645,7 @@ def test_packed_experts_read_where_other_weights_are_offloaded(
     device_map = device_map or {
         "model.backbone.embed_tokens": "cpu", "model.backbone.layers.0": "cpu", "model.backbone.layers.1": "disk",
         "model.backbone.norm": "disk", "model.backbone.rotary_emb": "cpu", "model.clock": "cpu", "model.drift": "cpu",
-        "lm_head": "cpu",
+        "model.trend": "cpu", "lm_head": "cpu",
     }  # fmt: skip
     loaded = LivingMoeForCausalLM.from_pretrained(
         tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload"
