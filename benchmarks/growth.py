@@ -7,7 +7,7 @@ dense model; *static*, a Qwen3-MoE of as many experts as the grown one may have,
 load-balancing loss; *grown*, a living model (preset `microexperts`) that starts as the first and splits up to the size
 of the second. Printed: held-out loss, CPU seconds of training, experts at the end, and the growth economics
 eta = (L_one - L_grown) / (L_one - L_static), the share of what the experts of the static model are worth that growing
-them gives (above 1: more than that).
+them gives (above 1: more than that; it is defined where the static model is better than one expert, for every seed).
 
 **stationary**: a small Mixtral of 8 experts, from scratch, lives with the preset `microexperts` on one text, shuffled,
 for a long run. Printed: events per 1,000 steps in the first and in the last half, splits, merges of siblings as a share
@@ -113,10 +113,12 @@ def monolith_table(rows: list[tuple[Cell, Result]]) -> str:
     for arm, mine in by_arm.items():
         eta = ""
         if arm == "grown":
-            parts = zip(*(by_arm[name] for name in MONOLITH), strict=True)
-            eta = mean_and_deviation(
-                ((one["loss"] - grown["loss"]) / (one["loss"] - static["loss"]) for one, static, grown in parts), 2
-            )
+            parts = list(zip(*(by_arm[name] for name in MONOLITH), strict=True))
+            eta = "static is no better than one expert"
+            if all(static["loss"] < one["loss"] for one, static, _ in parts):
+                eta = mean_and_deviation(
+                    ((one["loss"] - grown["loss"]) / (one["loss"] - static["loss"]) for one, static, grown in parts), 2
+                )
         experts = mean_and_deviation([result["experts"] for result in mine], 1) if arm == "grown" else "–"
         lines.append(
             [
