@@ -22,6 +22,7 @@ from living_moe.configuration.sections import (
     PlasticityConfig,
     ReceptiveFieldConfig,
     RouterConfig,
+    SynapseConfig,
     TrainableConfig,
     VitalsConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Preset",
     "ReceptiveFieldConfig",
     "RouterConfig",
+    "SynapseConfig",
     "TrainableConfig",
     "TrainingDivergedError",
     "TrainingError",

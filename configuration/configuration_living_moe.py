@@ -37,6 +37,7 @@ from living_moe.configuration.sections import (
     PlasticityConfig,
     ReceptiveFieldConfig,
     RouterConfig,
+    SynapseConfig,
     TrainableConfig,
     VitalsConfig,
     did_you_mean,
@@ -104,7 +105,7 @@ class LivingMoeConfig(PreTrainedConfig):
             > 0; a slab without experts is left out. Layers with a past also hold "facets", "leaves" and "tombstones",
             the sizes of those tables. None until a model fills it.
         num_fields: Newborn receptive fields the checkpoint holds, the sleeping one included (see `receptive_field`).
-        router, experts, trainable, vitals, plasticity, receptive_field, lifecycle, escape: The sections (see
+        router, experts, trainable, vitals, plasticity, receptive_field, lifecycle, escape, synapse: The sections (see
             sections.py), as an instance (kept as one) or a dict of the fields that differ from the defaults.
         provenance: Where the model comes from and what was measured, as its model card tells it: base_model, family,
             datasets, perplexities, ... A record, read by nobody else.
@@ -134,6 +135,7 @@ class LivingMoeConfig(PreTrainedConfig):
     receptive_field: ReceptiveFieldConfig = dataclasses.field(default_factory=ReceptiveFieldConfig)
     lifecycle: LifecycleConfig = dataclasses.field(default_factory=LifecycleConfig)
     escape: EscapeConfig = dataclasses.field(default_factory=EscapeConfig)
+    synapse: SynapseConfig = dataclasses.field(default_factory=SynapseConfig)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     if TYPE_CHECKING:
@@ -364,6 +366,11 @@ class LivingMoeConfig(PreTrainedConfig):
             raise ConfigurationError(
                 "receptive_field.enabled is True but experts.freeze_pretrained is False: newborns of a field copy "
                 "frozen parents. Set experts.freeze_pretrained, or turn receptive_field.enabled off (preset 'grow')."
+            )
+        if self.synapse.postsynaptic and self.experts.ternary_tiers:
+            raise ConfigurationError(
+                f"synapse.postsynaptic is True but experts.ternary_tiers is {self.experts.ternary_tiers}: fast weights "
+                f"are no multiples of a ternary expert's scale. Turn one of the two off."
             )
         top_k = self.num_experts_per_tok or 1
         if self.escape.enabled:

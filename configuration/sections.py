@@ -349,6 +349,51 @@ class PlasticityConfig(Section):
         self.require_one_of("decay_target", ("origin", "start"))
 
 
+@dataclass(kw_only=True)
+class SynapseConfig(Section):
+    """Synapses: experts with two timescales."""
+
+    section_name: ClassVar[str] = "synapse"
+
+    #: Experts have fast weights that learn from what they read without gradients (see synapse/postsynaptic.py).
+    postsynaptic: bool = False
+    #: What fast weights are multiplied by when experts compute; at 0 they are written and never read.
+    postsynaptic_gain: float = 1.0
+    #: Columns of the eligibility trace of each expert.
+    postsynaptic_rank: int = 8
+    #: Fast weights learn after every optimizer step.
+    postsynaptic_training: bool = True
+    #: Fast weights learn after every forward pass in evaluation mode without gradients.
+    postsynaptic_inference: bool = False
+    #: What one token writes, as a share of its expert's own output: while training, and while reading plastically.
+    postsynaptic_rate: float = 0.0015
+    postsynaptic_plastic_rate: float = 0.1
+    #: Decay of gains and of traces, per step that brings an expert tokens.
+    postsynaptic_fast_decay: float = 0.95
+    postsynaptic_trace_decay: float = 0.96
+    #: Share of the fast weights that becomes slow per step where CaMKII is fully active, without BDNF; what BDNF, which
+    #: is at most 0.5, adds to it.
+    postsynaptic_slow_rate: float = 0.02
+    postsynaptic_bdnf: float = 1.0
+    #: Calcium, in multiples of a layer's mean, above which CaMKII and below which PP1 is called for.
+    postsynaptic_camkii_threshold: float = 1.0
+    postsynaptic_pp1_threshold: float = 0.7
+    #: Tokens per layer and forward pass of training, on each rank, that fast weights learn from.
+    postsynaptic_tokens: int = 64
+
+    def validate(self) -> None:
+        self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")
+        for name in ("rank", "tokens"):
+            self.require(f"postsynaptic_{name}", getattr(self, f"postsynaptic_{name}") >= 1, ">= 1")
+        for name in ("rate", "plastic_rate", "slow_rate"):
+            self.require(f"postsynaptic_{name}", 0 <= getattr(self, f"postsynaptic_{name}") <= 1, "in [0, 1]")
+        for name in ("fast_decay", "trace_decay"):
+            self.require(f"postsynaptic_{name}", 0 <= getattr(self, f"postsynaptic_{name}") < 1, "in [0, 1)")
+        self.require("postsynaptic_bdnf", self.postsynaptic_bdnf >= 0, ">= 0")
+        low, high = self.postsynaptic_pp1_threshold, self.postsynaptic_camkii_threshold
+        self.require("postsynaptic_pp1_threshold", 0 <= low <= high, "in [0, synapse.postsynaptic_camkii_threshold]")
+
+
 #: Newborn receptive fields a model may have.
 MOST_FIELDS = 64
 
@@ -544,5 +589,6 @@ SECTIONS: dict[str, type[Section]] = {
         ReceptiveFieldConfig,
         LifecycleConfig,
         EscapeConfig,
+        SynapseConfig,
     )
 }

@@ -37,6 +37,7 @@ from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LearnedTemperature
 from living_moe.modeling_living_moe.selection import selection_rule
 from living_moe.modeling_living_moe.trend import LossTrend
+from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Largest |difference of logits| over the largest |logit| that a graft may have, by dtype. fp32 grafts measure 0.
@@ -269,6 +270,9 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         if block.escape is not None:
             escape = Escape(router.hidden_size, living.config.escape, block.layer)
             block.escape = escape.to(device=device, dtype=living.dtype)
+        if block.postsynaptic is not None:
+            block.postsynaptic = Postsynapse(capacities, block.experts, living.config.synapse).to(device)
+            block.experts.fast = [block.postsynaptic]
         old = block.vitals
         block.vitals = Vitals(capacities, old.decay, fast_decay=old.fast_decay, slow_decay=old.slow_decay).to(device)
     if base.fields is not None:
@@ -307,16 +311,17 @@ def compare(source: PreTrainedModel, living: LivingMoeForCausalLM, *, tokens: in
     ids = torch.randint(source.config.vocab_size, (2, tokens // 2), generator=generator).to(source.device)
     mask = torch.ones_like(ids)
     mask[1, : tokens // 8] = 0
-    training, plasticity = source.training, living.config.plasticity
+    training, plasticity, synapse = source.training, living.config.plasticity, living.config.synapse
     source.eval()
     # A comparison must leave no trace.
     living.config.plasticity = dataclasses.replace(plasticity, inference=False)
+    living.config.synapse = dataclasses.replace(synapse, postsynaptic_inference=False)
     try:
         expected = source(input_ids=ids, attention_mask=mask).logits[mask.bool()].float()
         actual = living(input_ids=ids, attention_mask=mask).logits[mask.bool()].float()
     finally:
         source.train(training)
-        living.config.plasticity = plasticity
+        living.config.plasticity, living.config.synapse = plasticity, synapse
     difference = float((expected - actual).abs().max())
     largest = float(expected.abs().max())
     tolerance = TOLERANCE.get(source.dtype, LOW_PRECISION_TOLERANCE) * max(largest, 1e-30)

@@ -88,6 +88,12 @@ def export(
             f"layers {escaped} work in another space ({living.config.escape.space}), which the source family does not "
             f"know; let them return first (model.leave_escape, then escape.leave_steps lifecycle steps)."
         )
+    for block in living.living_blocks:
+        if block.postsynaptic is not None and block.postsynaptic.has_fast_weights(block.population.alive):
+            raise ConversionError(
+                f"layer {block.layer}: experts have fast weights, which their source family does not know; call "
+                f"model.fold_fast_weights() first, or model.forget_fast()."
+            )
     family = family_of(living.config.backbone_config)
     if to not in ("auto", family.model_type):
         raise ConversionError(

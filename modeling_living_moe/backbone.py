@@ -34,6 +34,7 @@ from living_moe.modeling_living_moe.population import Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import Keys, LearnedTemperature, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
+from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.ternary import PackedTernary
 from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
@@ -89,6 +90,7 @@ class LivingBackbone:
                 vitals=config.vitals,
                 plasticity=config.plasticity,
                 escape=config.escape,
+                synapse=config.synapse,
                 shared=getattr(source, family.shared_attribute) if family.shared_attribute else None,
             )
             setattr(layer, family.block_attribute, block)
@@ -123,7 +125,8 @@ class LivingBackbone:
 #: Modules of ours that know their own initial values.
 _RESET = (
     DownMaps, DriftDetector, Escape, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend, PackedTernary,
-    PoincareBall, PoincareMap, Population, ReceptiveFields, RowTable, StagnationDetector, TopAny, UpMaps, Vitals,
+    PoincareBall, PoincareMap, Population, Postsynapse, ReceptiveFields, RowTable, StagnationDetector, TopAny, UpMaps,
+    Vitals,
 )  # fmt: skip
 
 

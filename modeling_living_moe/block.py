@@ -23,6 +23,7 @@ from living_moe.configuration.sections import (
     ExpertsConfig,
     PlasticityConfig,
     RouterConfig,
+    SynapseConfig,
     TrainableConfig,
     VitalsConfig,
 )
@@ -36,6 +37,7 @@ from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
 from living_moe.modeling_living_moe.signals import TokenSample, interference
+from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class ForwardContext:
         sample: The tokens whose interference and loss are measured in this pass, or None.
         phi_sample: The tokens on which Φ is measured in this pass, or None.
         plastic: Whether keys will move by this pass.
+        learns: Whether fast weights will learn from this pass.
+        follows: Bool (B, S), whether the next token goes on with the text of this one; None when it always does.
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
         all_logits: Whether somebody reads the routers' logits.
         choices: Living layer -> per field (clade logits (T, N), chosen clades (T, K)).
@@ -64,6 +68,8 @@ class ForwardContext:
     sample: TokenSample | None = None
     phi_sample: TokenSample | None = None
     plastic: bool = False
+    learns: bool = False
+    follows: Tensor | None = None
     keep_choices: bool = False
     all_logits: bool = True
     choices: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -72,7 +78,8 @@ class ForwardContext:
         """The same on another device; model-parallel hooks call it."""
         gate = None if self.gate is None else self.gate.to(device)
         mask = None if self.token_mask is None else self.token_mask.to(device)
-        return dataclasses.replace(self, gate=gate, token_mask=mask)
+        follows = None if self.follows is None else self.follows.to(device)
+        return dataclasses.replace(self, gate=gate, token_mask=mask, follows=follows)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class LivingMoeBlock(nn.Module):
         vitals: VitalsConfig | None = None,
         plasticity: PlasticityConfig | None = None,
         escape: EscapeConfig | None = None,
+        synapse: SynapseConfig | None = None,
         shared: nn.Module | None = None,
     ):
         super().__init__()
@@ -123,7 +131,7 @@ class LivingMoeBlock(nn.Module):
         self.has_fields = has_fields
         self.jitter_noise = family.jitter_noise(config)
         self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
-        experts = experts or ExpertsConfig()
+        experts, synapse = experts or ExpertsConfig(), synapse or SynapseConfig()
         self.experts = ExpertPool(
             config,
             capacities,
@@ -132,6 +140,7 @@ class LivingMoeBlock(nn.Module):
             experts.tier_factor,
             experts.ternary_in(layer),
             experts.packed,
+            two_timescales=synapse.postsynaptic,
         )
         self.population = Population(
             capacities,
@@ -148,6 +157,8 @@ class LivingMoeBlock(nn.Module):
         plastic = plasticity is not None and plasticity.enabled
         self.plasticity = KeyPlasticity(capacities, self.router.d_key) if plastic else None
         self.escape = Escape(hidden, escape, layer) if escape is not None and escape.enabled else None
+        self.postsynaptic = Postsynapse(capacities, self.experts, synapse) if synapse.postsynaptic else None
+        self.experts.fast = [self.postsynaptic] if self.postsynaptic is not None else []
         self.shared_experts = shared
         self.context: ForwardContext | None = None
 
@@ -182,6 +193,8 @@ class LivingMoeBlock(nn.Module):
             with torch.no_grad():
                 query_TD = self.router.queries(hidden_TH)
             self.plasticity.observe(query_TD, index_TK, token_mask(context, hidden_TH))
+        if context.learns and self.postsynaptic is not None and not in_backward():
+            self._learn(hidden_states, index_TK, weights_TK, context)
         output_TH = self.experts(
             hidden_TH, index_TK, weights_TK, self.population.alive, full=not self.router.selection.leaves_places_unused
         )
@@ -203,6 +216,21 @@ class LivingMoeBlock(nn.Module):
         fields_E = self.population.fields() if self.has_fields else None
         num_experts = len(self.population.members)
         self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, field_T, fields_E, full=full)
+
+    def _learn(self, hidden_BSH: Tensor, index_TK: Tensor, weights_TK: Tensor, context: ForwardContext) -> None:
+        assert self.postsynaptic is not None
+        device, masks = hidden_BSH.device, (context.token_mask, context.follows)
+        mask_BS, follows_BS = (None if part is None else part.to(device) for part in masks)
+        self.postsynaptic.observe(
+            self.experts,
+            hidden_BSH,
+            index_TK,
+            weights_TK,
+            self.population.alive,
+            mask_BS,
+            follows_BS,
+            training=self.training,
+        )
 
     def _measure(self, hidden_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, sample: TokenSample) -> None:
         """Interference of the sampled tokens; who served them is left for whoever knows their loss."""

@@ -29,6 +29,7 @@ from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Linea
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
 from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
 from living_moe.modeling_living_moe.population import NOBODY, IdentityTable, Population
+from living_moe.modeling_living_moe.synapse.postsynaptic import ROW_TENSORS
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 CARD_NAME = "README.md"
@@ -202,6 +203,8 @@ class CheckpointMixin:
             block.vitals.forget()
             if block.plasticity is not None:
                 block.plasticity.evidence = []
+            if block.postsynaptic is not None:
+                block.postsynaptic.forget()
         self._life._steps = None  # type: ignore[attr-defined]
         self._life.drift.pending = None  # type: ignore[attr-defined]
         self.record_populations()  # type: ignore[attr-defined]
@@ -274,7 +277,8 @@ def _row_names(slab: str) -> list[str]:
     names = [f"experts.{slab}.{name}" for name in (*_FLOAT, *_PACKED)] + [f"router.keys.{slab}"]
     names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
     names += [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
-    return names + [f"plasticity.{slab}.{column}" for column in (*PlasticityTable.columns, "start")]
+    names += [f"plasticity.{slab}.{column}" for column in (*PlasticityTable.columns, "start")]
+    return names + [f"postsynaptic.{slab}.{column}" for column in ROW_TENSORS]
 
 
 def check_kinds(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any]) -> None:
@@ -307,7 +311,7 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
             continue
         if now:
             replaced += [slot.parameter for slot in block.slot_parameters() if slot.slab == slab]
-            for owner in (block.experts, block.population, block.vitals, block.plasticity):
+            for owner in (block.experts, block.population, block.vitals, block.plasticity, block.postsynaptic):
                 if owner is not None:
                     del owner._modules[slab]
             del block.router.keys[slab]
@@ -319,6 +323,8 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
             block.vitals.add_module(slab, VitalsTable(wanted).to(device))
             if block.plasticity is not None:
                 block.plasticity.add_module(slab, PlasticityTable(wanted, block.router.d_key).to(device))
+            if block.postsynaptic is not None:
+                block.postsynaptic.add_module(slab, block.postsynaptic.new_table(slab, wanted).to(device))
             keys = block.router.new_keys(slab, wanted)
             block.router.keys[slab] = nn.Parameter(keys.detach().to(device, dtype), requires_grad=keys.requires_grad)
     for name in _TABLES:

@@ -25,6 +25,7 @@ from living_moe.modeling_living_moe.population import sort_slabs
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
     from living_moe.modeling_living_moe.ternary import PackedTernary
 
 
@@ -152,6 +153,7 @@ class ExpertPool(nn.Module):
         tier_factor: Width of a tier in widths of the one below.
         ternary_tiers: Tiers whose experts are ternary.
         packed: Whether those are packed.
+        two_timescales: Whether experts may have fast weights beside their parameters.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class ExpertPool(nn.Module):
         tier_factor: int = 1,
         ternary_tiers: Collection[int] = (),
         packed: bool = False,
+        two_timescales: bool = False,
     ):
         super().__init__()
         self.config = config
@@ -171,17 +174,22 @@ class ExpertPool(nn.Module):
         self.tier_factor = tier_factor
         self.ternary_tiers = frozenset(ternary_tiers)
         self.packed = packed and bool(ternary_tiers)
+        self.two_timescales = two_timescales
+        #: The block's fast weights, if it has any; a list, so that they are no child here.
+        self.fast: list[Postsynapse] = []
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, self.new_slab(name, capacity))
 
     def new_slab(self, name: str, capacity: int) -> ExpertSlab | PackedTernary:
         """A slab of zeros, of the kind its tier has."""
+        from living_moe.modeling_living_moe.synapse.fast_weights import FastWeightSlab
         from living_moe.modeling_living_moe.ternary import PackedTernary, TernarySlab
 
         if self.is_packed(name):
             return PackedTernary(capacity, self.hidden_size, self.width(name), self.config.hidden_act)
-        kind = TernarySlab if self.is_ternary(name) else ExpertSlab
+        plain = FastWeightSlab if self.two_timescales else ExpertSlab
+        kind = TernarySlab if self.is_ternary(name) else plain
         return kind(self.config, capacity, self.hidden_size, self.width(name), trainable=not is_frozen(name))
 
     def is_ternary(self, name: str) -> bool:
@@ -251,7 +259,7 @@ class ExpertPool(nn.Module):
         """
         if len(alive) == 1 and full:
             # One slab: exactly the call the source family makes, so a graft is exact bit for bit.
-            return self.get_submodule(next(iter(alive)))(hidden_TH, index_TK, weights_TK)
+            return self._slab_output(next(iter(alive)), hidden_TH, index_TK, weights_TK)
         output: Any = None
         for name, rows_TK, elsewhere_TK in self.rows(index_TK, alive):
             slab = self.slab(name)
@@ -263,7 +271,19 @@ class ExpertPool(nn.Module):
                 grouped_mm: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
                 part = grouped_mm(BesideASpare(module), hidden_TH, 2 * rows_TK, weights)
             else:
-                part = module(hidden_TH, rows_TK, weights)
+                part = self._slab_output(name, hidden_TH, rows_TK, weights)
             slab._is_expert_parallel = False  # type: ignore[assignment]
             output = part if output is None else output + part
         return output
+
+    def _slab_output(self, name: str, hidden_TH: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """One slab's part, with the fast weights of its rows if there are any."""
+        fast = self.fast[0].read(name) if self.fast else None
+        module, slab = self.get_submodule(name), self.slab(name)
+        if fast is None:
+            return module(hidden_TH, rows_TK, weights_TK)
+        slab.fast = fast  # type: ignore[assignment]
+        try:
+            return module(hidden_TH, rows_TK, weights_TK)
+        finally:
+            slab.fast = None  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import ConfigurationError
-from living_moe.configuration.sections import PlasticityConfig
+from living_moe.configuration.sections import PlasticityConfig, SynapseConfig
 from living_moe.modeling_living_moe.backbone import (
     init_living_weights,
     living_backbone_class,
@@ -41,12 +41,13 @@ from living_moe.modeling_living_moe.population import ROOT_FIELD
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 from living_moe.modeling_living_moe.router import load_balancing_loss
 from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
+from living_moe.modeling_living_moe.synapse.postsynaptic_api import PostsynapticMixin
 from living_moe.modeling_living_moe.ternary_api import TernaryMixin
 from living_moe.modeling_living_moe.trend import LossTrend
 
 
 class LivingMoePreTrainedModel(  # type: ignore[misc]
-    CheckpointMixin, LifecycleMixin, PlasticityMixin, TernaryMixin, PreTrainedModel
+    CheckpointMixin, LifecycleMixin, PlasticityMixin, PostsynapticMixin, TernaryMixin, PreTrainedModel
 ):
     """Base of the living models: Transformers' contract, the population's API, strict checkpoints."""
 
@@ -190,6 +191,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             remember(outputs.past_key_values, context.gate.evidence)
         if context.plastic and not self.training:
             self.consolidate_keys()
+        if context.learns and not self.training:
+            self.potentiate_experts()
         return outputs
 
     def read_context(
@@ -203,13 +206,13 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         """Which tokens are padding, and which field each token is in."""
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
-            return ForwardContext(plastic=self._keys_move())
+            return ForwardContext(plastic=self._keys_move(), learns=self._experts_learn())
         history = None
         if self.fields is not None and past_key_values is not None:
             history = evidence_history(past_key_values)
-        plastic = self._keys_move()
+        plastic, learns = self._keys_move(), self._experts_learn()
         past = 0 if history is None else history.shape[1]
-        if history is None and plastic and past_key_values is not None:
+        if history is None and (plastic or learns) and past_key_values is not None:
             past = int(past_key_values.get_seq_length())
         mask = real_tokens(attention_mask, given.shape[1], past)
         gate: FieldGate | None = None
@@ -229,6 +232,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             plastic=plastic,
             sample=self._token_sample(given, mask, vitals.signals_every, vitals.signal_tokens),
             phi_sample=self._token_sample(given, mask, vitals.phi_every, vitals.phi_tokens),
+            learns=learns,
+            follows=going_on(position_ids) if learns else None,
         )
 
     def _token_sample(self, given: Tensor, mask: Tensor | None, every: int, most: int) -> TokenSample | None:
@@ -247,7 +252,15 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         if self.training:
             return settings.enabled and settings.training
         # A pass whose gradient may follow must find the keys it was made with.
-        return (self.is_plastic or (settings.enabled and settings.inference)) and not torch.is_grad_enabled()
+        plastic = self.is_plastic and self._keys_too
+        return (plastic or (settings.enabled and settings.inference)) and not torch.is_grad_enabled()
+
+    def _experts_learn(self) -> bool:
+        """Whether this pass is evidence for fast weights."""
+        settings: SynapseConfig = self.config.synapse
+        if not settings.postsynaptic or self.training:
+            return settings.postsynaptic and settings.postsynaptic_training
+        return (self.is_plastic or settings.postsynaptic_inference) and not torch.is_grad_enabled()
 
     def deltas(self) -> list[FieldDelta]:
         """Every low-rank delta of the receptive fields, the head's last."""
@@ -287,6 +300,17 @@ def real_tokens(attention_mask: Tensor | dict[str, Tensor] | None, length: int, 
     # Every token but padding attends to itself.
     own = attention_mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
+
+
+def going_on(position_ids: Tensor | None) -> Tensor | None:
+    """Whether the next token of the row goes on with the text of each: bool (B or 1, S); None when nothing is known.
+
+    Texts packed into one row begin at positions of their own.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    ends = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
+    return torch.cat([position_ids.diff(dim=1) == 1, ends], dim=1)
 
 
 class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: ignore[misc]

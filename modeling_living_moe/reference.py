@@ -41,7 +41,20 @@ def reference_expert(block: LivingMoeBlock, member: Member, hidden: Tensor) -> T
         hidden = straight_through(hidden, eight_bits)
     gate, up = F.linear(hidden, gate_up).chunk(2)
     units = slab.act_fn(gate) * up
+    side = block.postsynaptic
+    if side is not None and not is_ternary:
+        # Written out: the gained units and what the trace recalls, with random signs for sensors.
+        g, table = side.settings.postsynaptic_gain, side.table(member.slab)
+        gained = units * (1 + g * table.gain[member.row]).to(units.dtype)
+        recalled = table.trace[member.row].to(units.dtype) @ (reference_sensors(side.rank, len(units)).to(units) @ units)
+        return down @ gained + g * recalled
     return F.linear(straight_through(units, eight_bits) if is_ternary else units, down)
+
+
+def reference_sensors(rank: int, width: int) -> Tensor:
+    """Random signs over the root of their number, one row after the other."""
+    drawn = torch.randint(2, (rank, width), generator=torch.Generator().manual_seed(rank * 2**20 + width))
+    return torch.where(drawn == 1, 1.0, -1.0) / rank**0.5
 
 
 def straight_through(latent: Tensor, quantise: Callable[[Tensor], Tensor]) -> Tensor:

@@ -283,7 +283,7 @@ class TernarySlab(ExpertSlab):
         gate_up: Tensor = self.gate_up_proj
         down: Tensor = self.down_proj
         if name == ACTIVE:
-            hit, rows_TK = _renumber(rows_TK, self.num_experts)
+            hit, rows_TK = renumber(rows_TK, self.num_experts)
             if len(hit) < self.num_experts:
                 gate_up, down = gate_up.index_select(0, hit), down.index_select(0, hit)
         gate_up, down = _fake_quantize_gate_up(gate_up), fake_quantize(down)
@@ -323,7 +323,7 @@ class _QuantisedSlab:
         return quantize_activations(self._slab.act_fn(gate) * up)
 
 
-def _renumber(rows_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def renumber(rows_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Rows that have tokens, ascending, and `rows_TK` counted among them; other slabs' pairs get their number."""
     rows_TK = rows_TK.clamp(max=num_experts)
     hit = torch.bincount(rows_TK.reshape(-1), minlength=num_experts + 1)[:num_experts].nonzero().flatten()

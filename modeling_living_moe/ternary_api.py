@@ -88,6 +88,12 @@ class TernaryMixin:
                 tiers in some layers, which is what a config can say.
             PopulationError: Experts are packed, offloaded, or wrapped by PEFT.
         """
+        if self.config.synapse.postsynaptic:
+            raise ConfigurationError(
+                "synapse.postsynaptic is True: fast weights are no multiples of a ternary expert's scale, so experts with "
+                "them cannot become ternary. Make the model without (fold_fast_weights(), save, and load with "
+                "synapse.postsynaptic=False)."
+            )
         settings = self._ternary_settings(tiers, layers)
         self.require_unpacked()
         blocks = self.living_blocks

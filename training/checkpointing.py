@@ -35,6 +35,7 @@ from living_moe.configuration.errors import CheckpointError, TrainingDivergedErr
 from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
 from living_moe.modeling_living_moe.population import IdentityTable
+from living_moe.modeling_living_moe.synapse.postsynaptic import PostsynapticTable
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 STATE_FOLDER = "training_state"
@@ -279,14 +280,18 @@ def reserve(model: nn.Module, wanted: Sequence[Mapping[str, int]]) -> None:
         model.load_state_dict(padded, strict=False)
 
 
+#: Modules of a block that have a row per slot, by slab.
+_ROW_OWNERS = ("experts", "population", "vitals", "plasticity", "postsynaptic")
+
+
 def _row_tensors(full: Iterable[str], prefix: str, slab: str) -> list[str]:
-    starts = tuple(f"{prefix}{owner}.{slab}." for owner in ("experts", "population", "vitals", "plasticity"))
+    starts = tuple(f"{prefix}{owner}.{slab}." for owner in _ROW_OWNERS)
     return [name for name in full if name.startswith(starts) or name == f"{prefix}router.keys.{slab}"]
 
 
 def _padded(rows: Tensor, column: str, capacity: int) -> Tensor:
     """`rows` followed by free ones."""
-    _, fill = {**IdentityTable.columns, **VitalsTable.columns}.get(column, (None, 0))
+    _, fill = {**IdentityTable.columns, **VitalsTable.columns, **PostsynapticTable.columns}.get(column, (None, 0))
     free = rows.new_full((capacity - rows.shape[0], *rows.shape[1:]), fill)
     return torch.cat([rows.detach(), free])
 

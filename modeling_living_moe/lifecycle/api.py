@@ -56,6 +56,7 @@ class LifecycleMixin:
     config: Any
     living_blocks: list[LivingMoeBlock]
     consolidate_keys: Callable[[], None]
+    potentiate_experts: Callable[[], None]
 
     @property
     def _life(self) -> LivingMoeModel:
@@ -478,6 +479,8 @@ class LifecycleMixin:
         self._fold_vitals(step)
         if self.config.plasticity.enabled and self.config.plasticity.training:
             self.consolidate_keys()
+        if self.config.synapse.postsynaptic and self.config.synapse.postsynaptic_training:
+            self.potentiate_experts()
         life.clock.steps.fill_(step)
         life._steps = step
 

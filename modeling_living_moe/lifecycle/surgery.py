@@ -27,6 +27,7 @@ from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, PlasticityTable
 from living_moe.modeling_living_moe.population import IdentityTable, Leaf, RowTable, Tombstone
+from living_moe.modeling_living_moe.synapse.postsynaptic import PostsynapticTable, carry_over
 from living_moe.modeling_living_moe.ternary import fitted_row, ternary_row
 from living_moe.modeling_living_moe.vitals import COUNTED_BY, VitalsTable
 
@@ -314,6 +315,8 @@ class LayerDraft:
             block.vitals.follow(new_index, len(place))
             if block.plasticity is not None:
                 block.plasticity.follow(new_index)
+            if block.postsynaptic is not None:
+                block.postsynaptic.forget()
 
         return commit
 
@@ -361,7 +364,9 @@ class LayerDraft:
         if role == "key" and row.address is not None:
             return row.address.key_H.to(siblings[row.sources[0].slab].dtype)
         sources = self._sources(slab, number, role)
-        parts = [(_reorder(self._row_of(siblings[s.slab], s, role), role, s.neurons_I), s.weight) for s in sources]
+        merged = row.life == "merged"
+        rows = [self._row_of(siblings[s.slab], s, role, folded=merged) for s in sources]
+        parts = [(_reorder(part, role, s.neurons_I), s.weight) for part, s in zip(rows, sources, strict=True)]
         if role != "key" and any(source.at is not None for source in sources):
             return self._beside_each_other(slab, role, row, parts)
         value = parts[0][0].clone() if len(parts) == 1 else sum(part * weight for part, weight in parts)
@@ -370,10 +375,12 @@ class LayerDraft:
             value += _noise_like(value, row, role) * (row.noise_std * _rms(value))
         return value
 
-    def _row_of(self, parameter: nn.Parameter, source: RowSource, role: str) -> Tensor:
+    def _row_of(self, parameter: nn.Parameter, source: RowSource, role: str, *, folded: bool) -> Tensor:
         """A source's row. Latents of a ternary expert stay latents, unless they become part of a wider expert, which
-        is to compute what they do: then what they are quantised to."""
+        is to compute what they do: then what they are quantised to. `folded`: with its fast weights in it."""
         row = parameter.detach()[source.row]
+        if folded and role == "down_proj" and self.block.postsynaptic is not None:
+            return self.block.postsynaptic.folded(source.slab, source.row, row)
         if role == "key" or source.at is None or not self.block.experts.is_ternary(source.slab):
             return row
         return ternary_row(row, role)
@@ -467,6 +474,7 @@ class LayerDraft:
         identity: dict[str, IdentityTable] = {}
         vitals: dict[str, VitalsTable] = {}
         pasts: dict[str, PlasticityTable] = {}
+        fast: dict[str, PostsynapticTable] = {}
         old_identity = {name: block.population.table(name) for name in block.population.slabs}
         old_vitals = {name: block.vitals.table(name) for name in block.population.slabs}
         for slab, edit in edits.items():
@@ -499,9 +507,17 @@ class LayerDraft:
                     if address is not None:
                         pasts[slab].start[number] = address.key_H
 
+            if block.postsynaptic is not None:
+                fast[slab] = block.postsynaptic.new_table(slab, edit.capacity_after).to(device)
+                for number, row in enumerate(rows):
+                    sources = [(block.postsynaptic.table(s.slab), s.row, s.weight) for s in row.sources]
+                    carry_over(fast[slab], number, sources, merged=row.life == "merged")
+
         owners: list[tuple[nn.Module, Mapping[str, RowTable]]] = [(block.population, identity), (block.vitals, vitals)]
         if block.plasticity is not None:
             owners.append((block.plasticity, pasts))
+        if block.postsynaptic is not None:
+            owners.append((block.postsynaptic, fast))
 
         def commit() -> None:
             for slab, edit in edits.items():

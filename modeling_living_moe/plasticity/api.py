@@ -30,6 +30,8 @@ class PlasticityMixin:
 
     #: Forces of an open `plastic()` context, on the base model.
     _forces: PlasticityConfig | None = None
+    #: Whether keys move in it.
+    _keys_too: bool = True
 
     @property
     def is_plastic(self) -> bool:
@@ -37,35 +39,45 @@ class PlasticityMixin:
         return self._life._forces is not None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
-    def plastic(self, **forces: Any) -> Iterator[None]:
+    def plastic(self, *, keys: bool = True, **forces: Any) -> Iterator[None]:
         """While open, keys move as the model reads: every forward pass consolidates at its end, in `generate` too.
 
         Works on any living model; one that was not configured for it becomes so (`plasticity.enabled`), because where
         keys started must be saved with it. Gradients are off inside: keys move after each pass, so a backward through
         it would be wrong. In a distributed run every rank must make the same passes.
 
+        Where experts have fast weights (`synapse.postsynaptic`), these learn as well, and keep what they learned when
+        it closes: `fast_snapshot` and `restore_fast`, or `forget_fast`, take it back.
+
         Args:
+            keys: Whether keys move; without, only fast weights learn.
             **forces: Fields of the section `plasticity` that differ while it is open, e.g. `alpha=0.05`.
 
         Raises:
-            ConfigurationError: The model is in training mode (there `plasticity.training` decides), or a field is
-                unknown.
+            ConfigurationError: The model is in training mode (there `plasticity.training` decides), a field is unknown,
+                or neither keys nor fast weights would learn.
         """
         if self.training:
             raise ConfigurationError(
                 "plastic() is for reading, and the model is in training mode; call model.eval(), or set "
                 "plasticity.training to let keys move while it trains."
             )
+        if not keys and not self.config.synapse.postsynaptic:
+            raise ConfigurationError(
+                "plastic(keys=False) leaves only fast weights to learn, and this model's experts have none; make it with "
+                "synapse.postsynaptic, or let keys move."
+            )
         settings = PlasticityConfig.from_value({**self.config.plasticity.to_dict(), **forces})
         base = self._life  # type: ignore[attr-defined]
-        self._require_plasticity()
-        before = base._forces
-        base._forces = settings
+        if keys:
+            self._require_plasticity()
+        before = base._forces, base._keys_too
+        base._forces, base._keys_too = settings, keys
         try:
             with torch.no_grad():
                 yield
         finally:
-            base._forces = before
+            base._forces, base._keys_too = before
 
     def consolidate_keys(self) -> None:
         """Let what was read since the last consolidation move the keys; `lifecycle_step` does it while training.
@@ -88,6 +100,8 @@ class PlasticityMixin:
         for block in self.living_blocks:
             if block.plasticity is not None:
                 block.plasticity.evidence = []
+            if block.postsynaptic is not None:
+                block.postsynaptic.forget()
 
     def reset_keys(self) -> None:
         """Keys back to where they were before gravity first acted; usage is forgotten."""

@@ -1,0 +1,422 @@
+"""The postsynaptic side: what makes an expert's fast weights, and when they become slow ones.
+
+A token that an expert served is *presynaptic*, the layer's input at the next token of the same text is *postsynaptic*:
+the fast weights learn what followed (Hebb; pre before post, as spike-timing-dependent plasticity has it). With h the
+expert's hidden units, x' that next input less the mean input of the pass, both of length one, b = W^T x' of length one:
+
+    NMDA-like coincidence     d drive = sum over tokens I b * h,   O drive = sum over tokens x' (V h)^T
+    fast gains (AMPA)         d <- clamp(fast_decay d + rate I b h, +-GAIN_MOST)
+    eligibility trace (PSD)   O <- trace_decay O + rate |W|_F / sqrt(I) x' (V h)^T, |O|_F <= TRACE_MOST |W|_F / sqrt(I)
+    calcium                   C <- C + (1 - CALCIUM_DECAY) (c - C), c = the expert's share of the layer's |w h|
+    CaMKII / PP1              a switch with two stable states, see `switch_step`
+    BDNF                      B <- BDNF_DECAY B + (1 - BDNF_DECAY) max(m - 1/2, 0)
+    consolidation             s = slow_rate (1 + bdnf_scale B) max(2 m - 1, 0) of d and O moves into W (`fold`)
+
+|W|_F / sqrt(I) is how long the expert's output is for a hidden vector of length one without a direction of its own: so
+`rate` is a share of the expert's own output, whatever its weights. Time passes for an expert only in steps that bring
+it tokens; one without any stays as it is to the last bit.
+
+In training evidence of a sample of tokens waits in plain tensors, is summed over ranks once per optimizer step, and
+acts from the next pass on. Frozen experts do not change: neither their slow weights nor their fast ones. Under
+`model.plastic()` (and `synapse.postsynaptic_inference`) every pass without gradients learns at its end, frozen experts
+too, with `plastic_rate`; switch and slow weights stay. Any other evaluation touches nothing. Pairs are neighbours of
+one pass: a pass of one token teaches nothing.
+
+The module must not choose experts, nor read labels. The dispatch is `fast_weights.py`'s.
+
+B batch, S sequence, T = B * S tokens, N sampled tokens, K experts per token, C slots, E alive rows of a slab, H hidden,
+I intermediate, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import initialization as init
+
+from living_moe.configuration.sections import SynapseConfig
+from living_moe.configuration.slabs import SLABS, is_frozen, tier_of
+from living_moe.modeling_living_moe.experts import ExpertPool, ExpertSlab
+from living_moe.modeling_living_moe.population import KeepsDtype, RowTable
+from living_moe.modeling_living_moe.signals import spread
+from living_moe.modeling_living_moe.synapse.fast_weights import FastRows, fold, sensors
+
+#: Rates per step of the switch: CaMKII's by calcium, by itself, and PP1's against it; the seed's where it has them.
+CAMKII_UP, CAMKII_AUTO, CAMKII_DOWN = 0.05, 0.04, 0.02
+#: Square of the active share at which autophosphorylation is at half its rate.
+CAMKII_HALF_SQUARED = 0.5
+#: Active share of PP1 that calcium does not call for.
+PP1_BASAL = 0.3
+PP1_DECAY, BDNF_DECAY, CALCIUM_DECAY = 0.985, 0.985, 0.85
+#: Multiples of the mean activity beyond which calcium saturates.
+CALCIUM_MOST = 8.0
+#: Bounds of the fast weights: of a gain, and of the trace in lengths of the expert's output.
+GAIN_MOST, TRACE_MOST = 0.5, 1.0
+#: Columns that `model.postsynapse(layer)` shows.
+SHOWN = ("calcium", "camkii", "pp1", "bdnf")
+
+
+class PostsynapticTable(RowTable):
+    """The postsynaptic side of the experts of one slab."""
+
+    columns = {
+        # Moving average of activity, multiples of the layer's mean; active shares of CaMKII and PP1; BDNF in [0, 0.5].
+        "calcium": (torch.float32, 0.0),
+        "camkii": (torch.float32, 0.0),
+        "pp1": (torch.float32, 1.0),
+        "bdnf": (torch.float32, 0.0),
+    }
+    calcium: Tensor
+    camkii: Tensor
+    pp1: Tensor
+    bdnf: Tensor
+    gain: Tensor
+    trace: Tensor
+
+    def __init__(self, capacity: int, hidden_size: int, width: int, rank: int):
+        super().__init__(capacity)
+        # (C, I) fast gains of the hidden units; (C, H, R) eligibility trace.
+        self.register_buffer("gain", torch.zeros(capacity, width, dtype=torch.float32))
+        self.register_buffer("trace", torch.zeros(capacity, hidden_size, rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.zeros_(self.gain)
+        init.zeros_(self.trace)
+
+
+#: Every tensor of a `PostsynapticTable`, each with a row per slot.
+ROW_TENSORS = (*PostsynapticTable.columns, "gain", "trace")
+
+
+@dataclass
+class Evidence:
+    """What the tokens of one or more passes say to the alive experts of a slab; sums, so that ranks add up.
+
+    Attributes:
+        count_E: Tokens. activity_E: Sum of routing weight times length of the hidden units.
+        gain_EI, trace_EHR: The drives of the module's equations, without rates.
+    """
+
+    count_E: Tensor
+    activity_E: Tensor
+    gain_EI: Tensor
+    trace_EHR: Tensor
+
+    @staticmethod
+    def none(experts: int, hidden_size: int, width: int, rank: int, device: torch.device) -> Evidence:
+        shapes = (experts,), (experts,), (experts, width), (experts, hidden_size, rank)
+        return Evidence(*(torch.zeros(shape, device=device, dtype=torch.float32) for shape in shapes))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.count_E, self.activity_E, self.gain_EI, self.trace_EHR
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per step, of the fast weights."""
+
+    rate: float
+    fast_decay: float
+    trace_decay: float
+
+
+# -- the laws ----------------------------------------------------------------------------------------------------------
+
+
+def switch_step(
+    calcium: Tensor, camkii: Tensor, pp1: Tensor, bdnf: Tensor, camkii_threshold: float, pp1_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the CaMKII/PP1 switch and of BDNF (Lisman 1985; Zhabotinsky 2000), any shape, fp32.
+
+    m <- m + CAMKII_UP [C > theta_c] (1 - m) + CAMKII_AUTO m^2 / (1/2 + m^2) (1 - m) - CAMKII_DOWN p m
+    p <- PP1_DECAY p + (1 - PP1_DECAY) (PP1_BASAL + (1 - PP1_BASAL) [C < theta_p])
+
+    Autophosphorylation needs active neighbours, which is what makes two stable states, near 0 and 0.79, while calcium
+    lies between the thresholds. Above theta_c only the upper one is left, below theta_p only the lower one. All shares
+    stay within [0, 1]: each step is a sum of pulls towards 0 and towards 1 whose rates sum to less than 1.
+
+    Returns:
+        camkii m, pp1 p, bdnf.
+    """
+    up = CAMKII_UP * (calcium > camkii_threshold) + CAMKII_AUTO * camkii**2 / (CAMKII_HALF_SQUARED + camkii**2)
+    camkii_next = camkii + up * (1.0 - camkii) - CAMKII_DOWN * pp1 * camkii
+    wanted = PP1_BASAL + (1.0 - PP1_BASAL) * (calcium < pp1_threshold)
+    pp1_next = PP1_DECAY * pp1 + (1.0 - PP1_DECAY) * wanted
+    bdnf_next = BDNF_DECAY * bdnf + (1.0 - BDNF_DECAY) * F.relu(camkii_next - 0.5)
+    return camkii_next, pp1_next, bdnf_next
+
+
+def fast_step(
+    gain: Tensor, trace: Tensor, gain_drive: Tensor, trace_drive: Tensor, length: Tensor, rates: Rates
+) -> tuple[Tensor, Tensor]:
+    """One step of gains (..., I) and traces (..., H, R), bounded whatever drives them; a drive that is no number is 0.
+
+    Args:
+        length: |W|_F / sqrt(I) of the experts, (...).
+    """
+    gain_drive, trace_drive = (torch.nan_to_num(drive, 0.0, 0.0, 0.0) for drive in (gain_drive, trace_drive))
+    # A drive alone cannot be more than the bound over its rate; cut first, the sum cannot overflow.
+    most = 4.0 / max(rates.rate, 1e-6)
+    gain = (rates.fast_decay * gain + rates.rate * gain_drive.clamp(-most, most)).clamp(-GAIN_MOST, GAIN_MOST)
+    norm = torch.linalg.vector_norm(trace_drive.double(), dim=(-2, -1)).clamp_min(most)
+    kept = (most / norm).to(trace.dtype)[..., None, None]
+    trace = rates.trace_decay * trace + rates.rate * length[..., None, None] * (kept * trace_drive)
+    bound = TRACE_MOST * length
+    size = torch.linalg.vector_norm(trace, dim=(-2, -1))
+    trace = trace * (bound / size.clamp_min(1e-30)).clamp(max=1.0)[..., None, None]
+    return gain, trace
+
+
+def share_to_consolidate(camkii: Tensor, bdnf: Tensor, slow_rate: float, bdnf_scale: float) -> Tensor:
+    """Share of the fast weights that becomes slow in a step: 0 unless CaMKII is more than half active, at most 1."""
+    return (slow_rate * (1.0 + bdnf_scale * bdnf) * F.relu(2.0 * camkii - 1.0)).clamp(max=1.0)
+
+
+def what_follows(hidden_BSH: Tensor, mask_BS: Tensor | None, follows_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The postsynaptic direction of every token: the next token's input less the mean one of the pass, of length one.
+
+    Args:
+        mask_BS: Bool, False for padding; None is no padding.
+        follows_BS: Bool, whether the next token goes on with the text of this one; None is always.
+
+    Returns:
+        after_TH: fp32, 0 where nothing follows.
+        known_T: Bool, whether something does.
+    """
+    hidden = hidden_BSH.detach().float()
+    mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask_BS is None else mask_BS
+    mask = mask & hidden.isfinite().all(-1)
+    known = mask & F.pad(mask[:, 1:], (0, 1))
+    if follows_BS is not None:
+        known = known & follows_BS
+    known = known & (torch.arange(hidden.shape[1], device=hidden.device) < hidden.shape[1] - 1)
+    hidden = hidden.where(mask.unsqueeze(-1), torch.zeros_like(hidden))
+    centred = hidden - hidden.sum(dim=(0, 1)) / mask.sum().clamp_min(1)
+    after = F.normalize(F.pad(centred[:, 1:], (0, 0, 0, 1)), dim=-1) * known.unsqueeze(-1)
+    return after.reshape(-1, hidden.shape[-1]), known.reshape(-1)
+
+
+@torch.no_grad()
+def evidence_of(
+    slab: ExpertSlab, hidden_NH: Tensor, after_NH: Tensor, rows_NK: Tensor, weights_NK: Tensor, experts: int, rank: int
+) -> Evidence:
+    """What some tokens say to the first `experts` rows of a slab; rows beyond them are pairs of others.
+
+    Computes the hidden units anew, one expert with tokens after the other, and waits for the device once to learn
+    which those are.
+    """
+    width, hidden_size = slab.intermediate_dim, slab.hidden_dim
+    evidence = Evidence.none(experts, hidden_size, width, rank, hidden_NH.device)
+    sense = sensors(rank, width, hidden_NH.device)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        for row in rows_NK.unique().tolist():
+            if not 0 <= row < experts:
+                continue
+            token, place = torch.where(rows_NK == row)
+            gate_up, down = slab.gate_up_proj[row], slab.down_proj[row]
+            gate, up = F.linear(hidden_NH[token].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
+            units_MI = torch.nan_to_num((slab.act_fn(gate) * up).float(), 0.0, 0.0, 0.0)
+            after_MH = after_NH[token]
+            unit_MI, back_MI = F.normalize(units_MI, dim=-1), F.normalize(after_MH @ down.float(), dim=-1)
+            evidence.count_E[row] = len(token)
+            evidence.activity_E[row] = (weights_NK[token, place].float() * units_MI.norm(dim=-1)).sum()
+            evidence.gain_EI[row] = width * (unit_MI * back_MI).sum(0)
+            evidence.trace_EHR[row] = after_MH.T @ (unit_MI @ sense.T)
+    return evidence
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+class Postsynapse(KeepsDtype):
+    """The postsynaptic side of one layer: a `PostsynapticTable` per slab, and the evidence that waits.
+
+    Args:
+        capacities: Slots per slab.
+        pool: Says how wide experts are.
+        settings: The section `synapse`.
+    """
+
+    def __init__(self, capacities: Mapping[str, int], pool: ExpertPool, settings: SynapseConfig):
+        super().__init__()
+        self.settings = settings
+        self.hidden_size, self.rank = pool.hidden_size, settings.postsynaptic_rank
+        self.intermediate_size, self.tier_factor = pool.intermediate_size, pool.tier_factor
+        for name in SLABS:
+            if capacity := capacities.get(name, 0):
+                self.add_module(name, self.new_table(name, capacity))
+        #: Steps that wrote fast weights; until the first, passes read none.
+        self.register_buffer("writes", torch.tensor(0))
+        self._is_blank: bool | None = None
+        self.pending: dict[str, Evidence] = {}
+
+    writes: Tensor
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.writes)
+        self._is_blank = None
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._is_blank = None
+
+    def width(self, slab: str) -> int:
+        return self.intermediate_size * self.tier_factor ** tier_of(slab)
+
+    def new_table(self, slab: str, capacity: int) -> PostsynapticTable:
+        return PostsynapticTable(capacity, self.hidden_size, self.width(slab), self.rank)
+
+    def table(self, slab: str) -> PostsynapticTable:
+        return self.get_submodule(slab)  # type: ignore[return-value]
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, so that passes need not read. Asked of the device once."""
+        if self._is_blank is None:
+            self._is_blank = not bool(self.writes > 0)
+        return self._is_blank
+
+    def read(self, slab: str) -> FastRows | None:
+        """The fast weights of a slab as passes read them; None where they cannot make a difference."""
+        g = self.settings.postsynaptic_gain
+        if g == 0 or self.is_blank:
+            return None
+        table = self.table(slab)
+        return FastRows(g * table.gain, g * table.trace)
+
+    def forget(self) -> None:
+        """Drop what was seen since the last step."""
+        self.pending = {}
+
+    @torch.no_grad()
+    def observe(
+        self,
+        pool: ExpertPool,
+        hidden_BSH: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        alive: dict[str, int],
+        mask_BS: Tensor | None,
+        follows_BS: Tensor | None,
+        *,
+        training: bool,
+    ) -> None:
+        """Add one pass to the evidence: of a sample of its tokens and to trainable experts in training, else of all."""
+        after_TH, known_T = what_follows(hidden_BSH, mask_BS, follows_BS)
+        hidden_TH = hidden_BSH.detach().reshape(-1, hidden_BSH.shape[-1])
+        if training:
+            sample = spread(len(hidden_TH), self.settings.postsynaptic_tokens, known_T, hidden_TH.device)
+            place_N, known_N = sample.position_S, sample.real_S
+        else:
+            place_N, known_N = torch.arange(len(hidden_TH), device=hidden_TH.device), known_T
+        index_NK = index_TK[place_N].masked_fill(~known_N.unsqueeze(-1), -1)
+        hidden_NH, after_NH, weights_NK = hidden_TH[place_N], after_TH[place_N], weights_TK.detach()[place_N]
+        for name, rows_NK, _ in pool.rows(index_NK, alive):
+            if training and is_frozen(name):
+                continue
+            new = evidence_of(pool.weights(name), hidden_NH, after_NH, rows_NK, weights_NK, alive[name], self.rank)
+            old = self.pending.get(name)
+            if old is None:
+                self.pending[name] = new
+            else:
+                for total, part in zip(old.tensors(), new.tensors(), strict=True):
+                    total += part
+
+    def take(self, alive: dict[str, int], *, training: bool) -> dict[str, Evidence]:
+        """The evidence since the last call, of the slabs that learn; zeros where this rank saw nothing."""
+        taken, self.pending = self.pending, {}
+        return {
+            name: taken.get(name)
+            or Evidence.none(count, self.hidden_size, self.width(name), self.rank, self.writes.device)
+            for name, count in alive.items()
+            if not (training and is_frozen(name))
+        }
+
+    @torch.no_grad()
+    def learn(self, pool: ExpertPool, evidence: Mapping[str, Evidence], *, training: bool) -> None:
+        """One step of everything, from evidence summed over ranks. Rows without tokens keep every bit.
+
+        In training slow weights change too, by what consolidates.
+        """
+        settings = self.settings
+        rate = settings.postsynaptic_rate if training else settings.postsynaptic_plastic_rate
+        rates = Rates(rate, settings.postsynaptic_fast_decay, settings.postsynaptic_trace_decay)
+        learners = sum(len(part.count_E) for part in evidence.values())
+        total = sum((part.activity_E.sum() for part in evidence.values()), torch.zeros_like(self.writes).float())
+        for name, part in evidence.items():
+            hit = torch.nonzero(part.count_E > 0)[:, 0]
+            if not len(hit):
+                continue
+            table, down = self.table(name), pool.weights(name).down_proj
+            weight = down.detach()[hit]
+            length = torch.linalg.vector_norm(weight.float(), dim=(-2, -1)) * self.width(name) ** -0.5
+            drives = part.gain_EI[hit], part.trace_EHR[hit]
+            gain, trace = fast_step(table.gain[hit], table.trace[hit], *drives, length, rates)
+            if training:
+                activity = torch.nan_to_num(part.activity_E[hit] * learners / total.clamp_min(1e-30), 0.0)
+                calcium = table.calcium[hit]
+                calcium = calcium + (1.0 - CALCIUM_DECAY) * (activity.clamp(0.0, CALCIUM_MOST) - calcium)
+                camkii, pp1, bdnf = switch_step(
+                    calcium,
+                    *(getattr(table, column)[hit] for column in ("camkii", "pp1", "bdnf")),
+                    settings.postsynaptic_camkii_threshold,
+                    settings.postsynaptic_pp1_threshold,
+                )
+                for column, value in zip(SHOWN, (calcium, camkii, pp1, bdnf), strict=True):
+                    getattr(table, column)[hit] = value
+                g, slow, scale = settings.postsynaptic_gain, settings.postsynaptic_slow_rate, settings.postsynaptic_bdnf
+                share = share_to_consolidate(camkii, bdnf, slow, scale)
+                moves = torch.nonzero(share > 0)[:, 0]
+                if g and len(moves):
+                    folded, gain[moves], trace[moves] = fold(weight[moves], gain[moves], trace[moves], share[moves], g)
+                    down[hit[moves]] = folded
+            table.gain[hit], table.trace[hit] = gain, trace
+        self.writes += 1
+        self._is_blank = False
+
+    @torch.no_grad()
+    def folded(self, slab: str, row: int, down_HI: Tensor) -> Tensor:
+        """`down_proj` of an expert as it would be with all its fast weights in it."""
+        table = self.table(slab)
+        return fold(down_HI, table.gain[row], table.trace[row], 1.0, self.settings.postsynaptic_gain)[0]
+
+    def has_fast_weights(self, alive: Mapping[str, int]) -> bool:
+        """Whether any expert computes otherwise than its slow weights alone would."""
+        parts = [part for name in alive if (part := self.read(name)) is not None]
+        return any(bool(tensor.any()) for part in parts for tensor in part)
+
+    def clear(self) -> None:
+        """Forget all fast weights and evidence; switch and slow weights stay."""
+        for name in SLABS:
+            if name in self._modules:
+                self.table(name).gain.zero_()
+                self.table(name).trace.zero_()
+        self.pending = {}
+
+
+def carry_over(
+    table: PostsynapticTable,
+    number: int,
+    sources: Sequence[tuple[PostsynapticTable, int, float]],
+    *,
+    merged: bool,
+) -> None:
+    """The postsynaptic side of one expert after an event: its source's, all of it.
+
+    A merged expert's weights were made of folded ones, so it starts without fast weights; of calcium, switch and BDNF
+    it has the mean of its sources (table, row, weight).
+    """
+    for name in PostsynapticTable.columns:
+        values = [getattr(source, name)[row] * (weight if merged else 1.0) for source, row, weight in sources]
+        getattr(table, name)[number] = sum(values) if merged else values[0]
+    if not merged:
+        source, row, _ = sources[0]
+        table.gain[number], table.trace[number] = source.gain[row], source.trace[row]
+
+
+__all__ = ["Evidence", "Postsynapse", "PostsynapticTable", "Rates", "carry_over", "fast_step", "switch_step"]
