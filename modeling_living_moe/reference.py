@@ -46,7 +46,9 @@ def reference_expert(block: LivingMoeBlock, member: Member, hidden: Tensor) -> T
         # Written out: the gained units and what the trace recalls, with random signs for sensors.
         g, table = side.settings.postsynaptic_gain, side.table(member.slab)
         gained = units * (1 + g * table.gain[member.row]).to(units.dtype)
-        recalled = table.trace[member.row].to(units.dtype) @ (reference_sensors(side.rank, len(units)).to(units) @ units)
+        recalled = table.trace[member.row].to(units.dtype) @ (
+            reference_sensors(side.rank, len(units)).to(units) @ units
+        )
         return down @ gained + g * recalled
     return F.linear(straight_through(units, eight_bits) if is_ternary else units, down)
 

@@ -90,9 +90,8 @@ class TernaryMixin:
         """
         if self.config.synapse.postsynaptic:
             raise ConfigurationError(
-                "synapse.postsynaptic is True: fast weights are no multiples of a ternary expert's scale, so experts with "
-                "them cannot become ternary. Make the model without (fold_fast_weights(), save, and load with "
-                "synapse.postsynaptic=False)."
+                "synapse.postsynaptic is True: fast weights are no multiples of a ternary expert's scale, so these "
+                "experts cannot become ternary; make the model without."
             )
         settings = self._ternary_settings(tiers, layers)
         self.require_unpacked()

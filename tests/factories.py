@@ -184,6 +184,32 @@ def drift(model: LivingMoeForCausalLM, seed: int, std: float = 0.05, *, frozen: 
             rows.add_((torch.randn(rows.shape, generator=generator) * std).to(rows.dtype))
 
 
+def fast_model(family: str = "mixtral", preset: str = "grow", *, seed: int = 0, **options: Any) -> LivingMoeForCausalLM:
+    """A graft whose experts have fast weights, large enough to show, that have been written; `options` of the section
+    `synapse`, and of `living_model`."""
+    names = {name for name in options if name.startswith("postsynaptic")}
+    synapse = {"postsynaptic": True, "postsynaptic_rank": 4, **{name: options.pop(name) for name in names}}
+    sections = {**options.pop("sections", {}), "synapse": synapse}
+    model = living_model(family, preset, sections=sections, **options)
+    excite(model, seed)
+    return model
+
+
+def excite(model: LivingMoeForCausalLM, seed: int) -> None:
+    """Random fast weights and switches in every alive row."""
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.living_blocks:
+        for slab, alive in block.population.alive.items():
+            table = block.postsynaptic.table(slab)
+            for name, low, high in (
+                ("gain", -0.4, 0.4), ("trace", -0.1, 0.1), ("calcium", 0, 3), ("camkii", 0, 1), ("bdnf", 0, 0.5)
+            ):  # fmt: skip
+                rows = getattr(table, name)[:alive]
+                rows.copy_(torch.rand(rows.shape, generator=generator) * (high - low) + low)
+        block.postsynaptic.writes.fill_(1)
+        block.postsynaptic._is_blank = None
+
+
 Event = Callable[[LivingMoeForCausalLM, int, list[int]], LifecycleEvent]
 EVENTS: dict[str, Event] = {
     "split": lambda model, layer, uids: model.split_expert(layer, uids[0]),
@@ -234,6 +260,10 @@ def check_invariants(model: LivingMoeForCausalLM) -> None:
             sizes = {parameter.shape[0] for parameter in slot_parameters(block, slab)} | {table.uid.numel()}
             assert len(sizes) == 1, f"row-aligned tensors of slab {slab} differ in length: {sizes}"
             assert block.experts.slab(slab).num_experts == table.uid.numel()
+            if block.postsynaptic is not None:
+                side = block.postsynaptic.table(slab)
+                assert {len(buffer) for buffer in side.buffers()} == sizes, f"fast weights of {slab} differ in length"
+                assert not side.gain[alive:].any() and not side.trace[alive:].any(), "a spare row has fast weights"
             for parameter in slot_parameters(block, slab):
                 assert not parameter[alive:].any(), "a spare row holds something"
                 assert parameter.isfinite().all()

@@ -64,8 +64,8 @@ class PlasticityMixin:
             )
         if not keys and not self.config.synapse.postsynaptic:
             raise ConfigurationError(
-                "plastic(keys=False) leaves only fast weights to learn, and this model's experts have none; make it with "
-                "synapse.postsynaptic, or let keys move."
+                "plastic(keys=False) leaves only fast weights to learn, and this model's experts have none; make it "
+                "with synapse.postsynaptic, or let keys move."
             )
         settings = PlasticityConfig.from_value({**self.config.plasticity.to_dict(), **forces})
         base = self._life  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ import torch
 from factories import (
     VOCAB,
     drift,
+    fast_model,
     live,
     living_model,
     logits,
@@ -70,6 +71,12 @@ def newborns_in_fields(family: str) -> LivingMoeForCausalLM:
     return model
 
 
+def grown_fast(family: str) -> LivingMoeForCausalLM:
+    model = fast_model(family)
+    live(model, 12, seed=3)
+    return model
+
+
 def untrained_mlp(family: str) -> LivingMoeForCausalLM:
     """An MLP query network that has left its start at zero."""
     model = living_model(family, sections={"router": {"query_network": "mlp", "d_key": 24, "query_hidden": 20}})
@@ -114,6 +121,9 @@ CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "escaped, poincare": lambda: escaped("mixtral", "poincare"),
     "escaped, fourier": lambda: escaped("qwen3_moe", "fourier"),
     "plastic": lambda: living_model("mixtral"),
+    "two timescales": lambda: fast_model("mixtral"),
+    "plastic, two timescales": lambda: fast_model("qwen3_moe"),
+    "plastic, grown, two timescales": lambda: grown_fast("mixtral"),
     "plastic, some": lambda: living_model("qwen3_moe", "some"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
