@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -261,8 +262,8 @@ class Postsynapse(KeepsDtype):
         init.zeros_(self.writes)
         self._is_blank = None
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._is_blank = None
 
     def width(self, slab: str) -> int:
@@ -363,7 +364,9 @@ class Postsynapse(KeepsDtype):
                 calcium = calcium + (1.0 - CALCIUM_DECAY) * (activity.clamp(0.0, CALCIUM_MOST) - calcium)
                 camkii, pp1, bdnf = switch_step(
                     calcium,
-                    *(getattr(table, column)[hit] for column in ("camkii", "pp1", "bdnf")),
+                    table.camkii[hit],
+                    table.pp1[hit],
+                    table.bdnf[hit],
                     settings.postsynaptic_camkii_threshold,
                     settings.postsynaptic_pp1_threshold,
                 )
