@@ -4,6 +4,8 @@ slow without a change of function; they follow their experts through every event
 """
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -843,3 +845,61 @@ def test_a_model_without_fast_weights_says_so() -> None:
             ask()
     model.forget_fast()
     model.fold_fast_weights()
+
+
+# -- many processes ----------------------------------------------------------------------------------------------------
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import torch, torch.distributed as dist
+from factories import fast_model, token_ids
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
+model = fast_model(sections={{"lifecycle": {{"enabled": False}}}}, postsynaptic_slow_rate=0.5).train()
+for step in range(3):
+    if rank == 0 or step < 2:
+        model(input_ids=token_ids(2, 12, seed=10 * step + rank))
+    model.lifecycle_step()
+model.eval()
+with model.plastic(keys=False):
+    model(input_ids=token_ids(2, 12, seed=rank))
+torch.save(model.state_dict(), folder / f"rank-{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_one_process_that_makes_both_passes(tmp_path: Path) -> None:
+    """The third step brings tokens to one of them only."""
+    script = RANK_SCRIPT.format(tests=str(Path(__file__).parents[2]))
+    started = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    concerned = {name for name in first if "postsynaptic" in name or "experts." in name}
+    assert [name for name in concerned if not torch.equal(first[name], second[name])] == []
+
+    model = fast_model(sections={"lifecycle": {"enabled": False}}, postsynaptic_slow_rate=0.5).train()
+    for step in range(3):
+        for rank in range(2 if step < 2 else 1):
+            model(input_ids=token_ids(2, 12, seed=10 * step + rank))
+        model.lifecycle_step()
+    model.eval()
+    with model.plastic(keys=False):
+        # What both ranks read before either has learned from it.
+        evidence = [copy.deepcopy(model) for _ in range(2)]
+    sums: list[dict[str, postsynaptic.Evidence]] = []
+    for rank, reader in enumerate(evidence):
+        for block in reader.living_blocks:
+            block.postsynaptic.learn = lambda pool, parts, training, kept=sums: kept.append(dict(parts))
+        read_plastically(reader, token_ids(2, 12, seed=rank))
+    layers = len(model.living_blocks)
+    for block, one, other in zip(model.living_blocks, sums[:layers], sums[layers:], strict=True):
+        for slab, part in one.items():
+            for total, added in zip(part.tensors(), other[slab].tensors(), strict=True):
+                total += added
+        block.postsynaptic.learn(block.experts, one, training=False)
+    alone = model.state_dict()
+    for name in sorted(concerned):
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
