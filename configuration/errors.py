@@ -32,6 +32,10 @@ class ConversionError(LivingMoeError):
     """A source cannot be grafted, or a converted model does not reproduce its source."""
 
 
+class RecordsError(LivingMoeError):
+    """A run's records are missing, or what is there was not written by a run of living_moe."""
+
+
 class TrainingError(LivingMoeError):
     """Training cannot start or go on."""
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch import Tensor
 
 from living_moe.configuration import LivingMoeConfig
-from living_moe.configuration.errors import CheckpointError
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.configuration.slabs import MOST_TIERS, slab_name
 from living_moe.model_cards.card import ParameterCounts
-from living_moe.modeling_living_moe import LivingMoeForCausalLM
-from living_moe.modeling_living_moe.checkpoint import check_files, check_population
 from living_moe.modeling_living_moe.gradient_sketch import NEUTRAL, conflict_zone
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.population import Population
 from living_moe.records import parameter_counts
-
-#: Parts of a tensor's name that mark the small tables read from disk.
-_TABLES = (".population.", ".vitals.", ".drift.")
+from living_moe.training.observatory.saved import load_tables
 
 
 @dataclass(frozen=True)
@@ -54,27 +45,11 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         ConfigurationError: Its config.json does not fit this version.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; inspect needs a checkpoint on disk.")
-    check_files(directory)
-    config = LivingMoeConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = LivingMoeForCausalLM(config)
-    for name, tensor in read_tables(directory).items():
-        owner_name, _, leaf = name.rpartition(".")
-        try:
-            owner: nn.Module = model.get_submodule(owner_name)
-        except AttributeError as error:
-            raise CheckpointError(f"{directory}: tensor {name} does not fit its config.json.") from error
-        owner._buffers[leaf] = tensor
-    for block in model.living_blocks:
-        block.population.stale()
-        check_population(block.population, block.layer, block.router.scoring.top_k)
-    model.apply_trainability()
+    model = load_tables(directory)
     lineage = directory / LINEAGE_NAME
     return Inspection(
         path=directory,
-        config=config,
+        config=model.config,
         populations=[block.population for block in model.living_blocks],
         vitals=[model.vitals(layer) for layer in range(len(model.living_blocks))],
         routing=[model.routing(layer) for layer in range(len(model.living_blocks))],
@@ -83,22 +58,6 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         parameters=parameter_counts(model),
         lineage=Lineage.load(lineage) if lineage.is_file() else Lineage(),
     )
-
-
-def read_tables(directory: Path) -> dict[str, Tensor]:
-    """The small per-slot tables of a checkpoint."""
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = [SAFE_WEIGHTS_NAME]
-    tables: dict[str, Tensor] = {}
-    for shard in shards:
-        with safe_open(directory / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                if any(part in name for part in _TABLES):
-                    tables[name] = file.get_tensor(name)
-    return tables
 
 
 def by_tier(alive: Mapping[str, int], *, frozen: bool) -> str:

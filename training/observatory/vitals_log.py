@@ -1,0 +1,296 @@
+"""The vitals log, `vitals.jsonl`: every expert's measurements over a run, one line per snapshot.
+
+A line is a JSON object that begins with its `step`. Its columns are packed: sorted by (layer, uid), measurements are
+rounded to a logarithmic scale (by at most 1.1 % of their value, or 1.1e-5 near zero), what was known from the snapshot
+before is taken off, and the small integers that remain are deflated, each byte of their four on its own, in base64.
+That is about one byte per expert and measurement. A line with `whole` stands on its own; every 64th does, and the first
+of every process. Lines are appended in one write each: the file may be read while it grows, and one that was cut off
+loses its last line only.
+
+Reads and writes this one file; knows numbers, not models. E experts of a snapshot.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from living_moe.configuration.errors import RecordsError
+
+Array = npt.NDArray[Any]
+
+VITALS_NAME = "vitals.jsonl"
+#: Columns kept as the integers they are: who an expert is. All others are rounded.
+EXACT = ("uid", "clade", "field", "tier", "frozen", "parent", "born")
+#: Snapshots from one that stands on its own to the next.
+WHOLE_EVERY = 64
+#: The scale of rounded numbers: steps per octave, and the magnitude below which steps no longer shrink.
+_PER_OCTAVE, _SMALLEST = 32, 2.0**-10
+_LARGEST = 1e38
+_STEP = re.compile(rb'\{"step": (\d+), "whole": (true|false)')
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All alive experts at one step, sorted by layer, then uid.
+
+    Attributes:
+        step: Optimizer steps the model has lived.
+        layer_E: int32, living layer.
+        columns: By name, (E,): those of `EXACT` (int64; `parent` is -1 for a founder, `frozen` 0 or 1), and
+            measurements (float32): those of `model.vitals`, `key_0` ... the key on a few fixed random directions,
+            `plasticity` the pull that a hit still has on the key, where keys are plastic.
+    """
+
+    step: int
+    layer_E: Array
+    columns: Mapping[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise RecordsError(
+                f"the snapshot of step {self.step} has no column {name!r}; it has {sorted(self.columns)}."
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.layer_E)
+
+    @property
+    def identity_E(self) -> Array:
+        """Layer and uid in one int64, ascending."""
+        return identity(self.layer_E, self["uid"])
+
+    def of_layer(self, layer: int) -> Snapshot:
+        """Only the experts of one layer."""
+        first, end = np.searchsorted(self.layer_E, [layer, layer + 1])
+        return Snapshot(
+            self.step, self.layer_E[first:end], {name: column[first:end] for name, column in self.columns.items()}
+        )
+
+
+def identity(layer: Any, uid: Any) -> Array:
+    """One int64 for a layer and a uid, so that experts of all layers can be sorted and looked up together."""
+    return np.asarray(layer, np.int64) << 44 | np.asarray(uid, np.int64)
+
+
+def rounded(values: Array) -> Array:
+    """Numbers on the logarithmic scale, int64. What is no number counts as 0; larger ones than 1e38 as that."""
+    values = np.nan_to_num(np.asarray(values, np.float64), nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+    values = values.clip(-_LARGEST, _LARGEST)
+    return np.rint(np.copysign(_PER_OCTAVE * np.log2(1.0 + np.abs(values) / _SMALLEST), values)).astype(np.int64)
+
+
+def unrounded(codes: Array) -> Array:
+    """What `rounded` has made of numbers, float32."""
+    return np.copysign((np.exp2(np.abs(codes) / _PER_OCTAVE) - 1.0) * _SMALLEST, codes).astype(np.float32)
+
+
+def packed(numbers: Array) -> str:
+    """Integers below 2^31 in magnitude, most of them small, as text."""
+    zigzag = ((numbers << 1) ^ (numbers >> 63)).astype("<u4")
+    planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, 4).T)
+    return base64.b64encode(zlib.compress(planes.tobytes(), 6)).decode("ascii")
+
+
+def unpacked(text: str) -> Array:
+    """The integers in a text of `packed`, int64.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        planes = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8).reshape(4, -1)
+    except zlib.error as error:
+        raise ValueError(f"a packed column is broken: {error}") from error
+    zigzag = np.ascontiguousarray(planes.T).view("<u4").reshape(-1).astype(np.int64)
+    return (zigzag >> 1) ^ -(zigzag & 1)
+
+
+class VitalsWriter:
+    """Appends snapshots to a vitals log.
+
+    Args:
+        path: Of the log.
+        after: Keep what is there up to this step; None begins anew.
+    """
+
+    def __init__(self, path: Path, *, after: int | None = None):
+        self.path = path
+        self.bytes = 0
+        self._before: dict[str, Array] = {}
+        self._identity_E: Array = np.empty(0, np.int64)
+        self._since_whole = 0
+        kept: list[bytes] = []
+        if after is not None and path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n") and (found := _STEP.match(line)) and int(found[1]) <= after:
+                    kept.append(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(kept))
+        self.bytes = sum(map(len, kept))
+
+    def write(self, snapshot: Snapshot) -> int:
+        """Append a snapshot; returns the bytes it took."""
+        identity_E = snapshot.identity_E
+        whole = not self._since_whole or {*self._before} != {*snapshot.columns} - {"uid"}
+        line: dict[str, Any] = {"step": snapshot.step, "whole": whole}
+        if whole or not np.array_equal(identity_E, self._identity_E):
+            line["experts"] = np.bincount(snapshot.layer_E).tolist()
+            line["uid"] = packed(np.diff(snapshot["uid"], prepend=0))
+        carry = _Carry(None if whole else self._identity_E, identity_E)
+        codes = {
+            name: column.astype(np.int64) if name in EXACT else rounded(column)
+            for name, column in snapshot.columns.items()
+            if name != "uid"
+        }
+        line["columns"] = {name: packed(code - carry(self._before.get(name))) for name, code in codes.items()}
+        text = (json.dumps(line) + "\n").encode("ascii")
+        with self.path.open("ab") as file:
+            file.write(text)
+        self._before, self._identity_E = codes, identity_E
+        self._since_whole = 1 if whole else (self._since_whole + 1) % WHOLE_EVERY
+        self.bytes += len(text)
+        return len(text)
+
+
+class _Carry:
+    """Brings a column from the experts of one snapshot to those of the next: 0 for newborns."""
+
+    def __init__(self, old_E: Array | None, new_E: Array):
+        self._size = len(new_E)
+        self._place_E: Array | None = None
+        self._known_E: Array | None = None
+        self._same = old_E is not None and np.array_equal(old_E, new_E)
+        if old_E is not None and len(old_E) and not self._same:
+            self._place_E = np.minimum(np.searchsorted(old_E, new_E), len(old_E) - 1)
+            self._known_E = old_E[self._place_E] == new_E
+
+    def __call__(self, column: Array | None) -> Array:
+        if column is None or not (self._same or self._place_E is not None):
+            return np.zeros(self._size, np.int64)
+        return column if self._same else np.where(self._known_E, column[self._place_E], 0)
+
+
+@dataclass(frozen=True)
+class _Line:
+    step: int
+    whole: bool
+    start: int
+    length: int
+
+
+class VitalsLog:
+    """Reads a vitals log, snapshot by snapshot, without ever holding all of it.
+
+    Args:
+        path: Of the log.
+        notes: Gets a line for whatever cannot be read.
+    """
+
+    def __init__(self, path: Path, notes: list[str]):
+        self.path = path
+        self.notes = notes
+        self._lines: list[_Line] = []
+        self._read = 0
+        self._cut = ""
+        self.follow()
+
+    def follow(self) -> None:
+        """Take notice of what was appended since."""
+        start = self._read
+        if self._cut:
+            self.notes.remove(self._cut)
+            self._cut = ""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            for line in file:
+                found = _STEP.match(line)
+                if found and line.rstrip(b"\n").endswith(b"}}"):
+                    self._lines.append(_Line(int(found[1]), found[2] == b"true", start, len(line)))
+                elif not line.endswith(b"\n"):
+                    self._cut = f"{self.path.name}: cut off in its last line; {len(line)} bytes left out."
+                    self.notes.append(self._cut)
+                    break
+                elif line.strip():
+                    self.notes.append(f"{self.path.name}: {len(line)} bytes at byte {start} are no snapshot; left out.")
+                start += len(line)
+        self._read = start
+
+    @property
+    def steps(self) -> list[int]:
+        return [line.step for line in self._lines]
+
+    def snapshots(self, columns: Iterable[str] | None = None, *, after: int = -1) -> Iterator[Snapshot]:
+        """Snapshots of the steps behind `after`, oldest first, with `uid` and the columns asked for (None: all)."""
+        first = next((place for place, line in enumerate(self._lines) if line.step > after), len(self._lines))
+        while 0 < first < len(self._lines) and not self._lines[first].whole:
+            first -= 1
+        wanted = None if columns is None else set(columns)
+        codes: dict[str, Array] = {}
+        identity_E: Array | None = None
+        layer_E: Array = np.empty(0, np.int32)
+        with self.path.open("rb") as file:
+            for line in self._lines[first:]:
+                if identity_E is None and not line.whole:
+                    continue
+                file.seek(line.start)
+                try:
+                    layer_E, identity_E, codes = _next(
+                        json.loads(file.read(line.length)), layer_E, identity_E, codes, wanted
+                    )
+                except (ValueError, KeyError, TypeError, IndexError) as error:
+                    note = f"{self.path.name}: the snapshot of step {line.step} is broken ({error}); left out."
+                    if note not in self.notes:
+                        self.notes.append(note)
+                    identity_E = None
+                    continue
+                if line.step > after:
+                    found = {name: code if name in EXACT else unrounded(code) for name, code in codes.items()}
+                    yield Snapshot(line.step, layer_E, {"uid": identity_E & ((1 << 44) - 1), **found})
+
+    def latest(self, columns: Iterable[str] | None = None) -> Snapshot | None:
+        """The last snapshot that can be read."""
+        before = [line.step for line in self._lines if line.whole]
+        for start in reversed([-1, *(step - 1 for step in before[1:])]):
+            if found := list(self.snapshots(columns, after=start)):
+                return found[-1]
+        return None
+
+
+def _next(
+    line: dict[str, Any],
+    layer_E: Array,
+    identity_E: Array | None,
+    before: Mapping[str, Array],
+    wanted: set[str] | None,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Layers, identities and codes of a line, from those of the line before."""
+    old_E = None if line["whole"] else identity_E
+    if "uid" in line:
+        counts: Sequence[int] = line["experts"]
+        layer_E = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        identity_E = identity(layer_E, np.cumsum(unpacked(line["uid"])))
+    assert identity_E is not None
+    carry = _Carry(old_E, identity_E)
+    codes = {
+        name: unpacked(text) + carry(before.get(name))
+        for name, text in line["columns"].items()
+        if wanted is None or name in wanted
+    }
+    if any(len(code) != len(identity_E) for code in codes.values()):
+        raise ValueError("its columns are not as long as its list of experts")
+    return layer_E, identity_E, codes
+
+
+__all__ = ["EXACT", "VITALS_NAME", "Snapshot", "VitalsLog", "VitalsWriter", "identity"]
