@@ -95,6 +95,10 @@ class TrainArguments:
     save_steps: int = argument(0, "optimizer steps between checkpoints; 0 saves none on the way")
     keep_checkpoints: int = argument(2, "newest checkpoints kept in --output-dir; 0 keeps all")
     log_steps: int = argument(10, "optimizer steps between lines where there is no terminal for a progress bar")
+    snapshot_steps: int = argument(50, "optimizer steps, at least, between records of all experts; 0 keeps none")
+    report_to: str = argument(
+        "auto", "trackers: tensorboard, trackio, wandb (several with commas), none, auto (tensorboard if installed)"
+    )
     output_dir: str = argument("living-moe-run", "directory of checkpoints, log and final model")
     resume_from: str | None = argument(
         None, f"checkpoint directory to go on from, or '{LATEST}' for the newest in --output-dir"
@@ -110,7 +114,16 @@ class TrainArguments:
         for name in ("block_size", "batch_size", "gradient_accumulation", "max_steps", "log_steps"):
             self.require(name, getattr(self, name) >= 1, ">= 1")
         self.require("block_size", self.block_size >= 2, ">= 2 (a token is predicted from the one before it)")
-        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_steps", "save_steps"):
+        for name in (
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+            "eval_steps",
+            "save_steps",
+            "snapshot_steps",
+        ):
             self.require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("keep_checkpoints", "max_eval_blocks"):
             self.require(name, getattr(self, name) >= 0, ">= 0")

@@ -64,6 +64,7 @@ class StepRecord:
         tokens: Input tokens of this step, all ranks.
         experts: Alive experts per living layer after the step; empty for a model that does not live.
         events: What the lifecycle did after the step.
+        lived: Optimizer steps the model has lived, over all its training runs; None for one that does not live.
     """
 
     step: int
@@ -73,6 +74,7 @@ class StepRecord:
     tokens: int
     experts: tuple[int, ...]
     events: tuple[LifecycleEvent, ...]
+    lived: int | None = None
 
 
 Hook = Callable[["LivingTrainer", StepRecord], None]
@@ -204,6 +206,7 @@ class LivingTrainer:
             tokens=tokens,
             experts=tuple(self.model.expert_counts) if self.lives else (),  # type: ignore[arg-type]
             events=tuple(events),
+            lived=self.model.steps_lived if self.lives else None,  # type: ignore[arg-type]
         )
 
     def _clip(self, loss: Tensor) -> tuple[float, float | None]:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar or lines, and a log that tools can read.
+"""What a run says while it runs: a live bar or lines, every event in words, and a log that tools can read.
 
 Reads records and models, changes neither.
 """
@@ -9,11 +9,13 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.training.collapse import collapse_report, summary
@@ -21,6 +23,10 @@ from living_moe.training.loop import LivingTrainer, StepRecord
 
 #: Steps over which the shown loss is averaged.
 SHOWN_WINDOW = 20
+#: Columns of a terminal that has room for a bar.
+WIDE = 110
+#: Events of one step that get a line each.
+MOST_LINES = 12
 #: Measures of collapse in a log, means over layers: comparable between layers and populations of any size.
 LOGGED_ROUTING = ("gini", "effective_share", "max_violation", "dead_share")
 
@@ -36,10 +42,44 @@ def describe_events(events: Sequence[LifecycleEvent]) -> str:
     return ", ".join(parts)
 
 
-class Progress:
-    """Hook: a progress bar on a terminal, else a line every `every` steps; events get a line of their own.
+#: Names of what fires events, in the words of a reader; other metrics stand for themselves.
+_MEASURES = {
+    "load": "load {value:.3g} of fair share",
+    "foreign_load": "load {value:.3g} of fair share, of tokens outside its field",
+    "divergence": "loss of its tokens up by {value:.3g} nats",
+    "fragments": "weak, {value:.0%} of their tokens shared",
+    "tier gravity": "{value:.0%} of their tokens shared",
+    "memory": "memory {value:.0%} of its budget",
+    "steps frozen": "preserved until step {threshold:.0f}",
+    "tokens": "{value:,.0f} tokens seen by the last one",
+    "request": "asked for",
+}
 
-    So do changes of a living model's phase, looked up every `every` steps.
+
+def event_line(event: LifecycleEvent) -> str:
+    """One event in words, e.g. "step 4550 layer 5: death of 17 (load 0.001 of fair share for 254 steps)"."""
+    where = "" if event.layer == EVERY_LAYER else f" layer {event.layer}"
+    parents, children = (" and ".join(map(str, uids)) for uids in (event.parents, event.children))
+    if event.kind in ("grow", "shrink"):
+        what = f"{event.metric} {event.kind} from {event.threshold:.0f} to {event.value:.0f}"
+        return f"step {event.step}{where}: {what}"
+    what = {
+        "split": f"split of {parents}, newborn {children}",
+        "merge": f"merge of {parents} into {children}",
+        "field": f"birth of receptive field {children}",
+        "part": f"the clade of {parents} parts",
+    }.get(event.kind, f"{event.kind} of {parents}")
+    measure = _MEASURES.get(event.metric, f"{event.metric} {{value:.3g}}")
+    reason = measure.format(value=event.value, threshold=event.threshold)
+    held = f" for {event.held} steps" if event.held else ""
+    return f"step {event.step}{where}: {what} ({reason}{held})"
+
+
+class Progress:
+    """Hook: a live bar on a terminal, else a line every `every` steps; every event gets a line of its own.
+
+    So do changes of a living model's phase, looked up every `every` steps. A step with more than `MOST_LINES` events
+    has one line that counts them.
 
     Args:
         total: Steps of the run.
@@ -51,10 +91,12 @@ class Progress:
         self.every = every
         self.shown = shown
         self.total = total
-        self._bar: Any = None
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
         self._losses: list[float] = []
         self._tokens = 0
         self._since = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
         self._events = 0
         self._phase: str | None = None
 
@@ -63,18 +105,22 @@ class Progress:
             return
         self._losses = [*self._losses[1 - SHOWN_WINDOW :], record.loss]
         self._tokens += record.tokens
+        self._recent = [*self._recent[-SHOWN_WINDOW:], (time.perf_counter(), record.tokens)]
         self._events += len(record.events)
         if self._bar is None and sys.stderr.isatty():
-            self._bar = tqdm(total=self.total, initial=record.step - 1, unit="step", dynamic_ncols=True)
-        if record.events:
+            self._bar = self._open(record.step - 1)
+        if len(record.events) > MOST_LINES:
             self.say(f"step {record.step}: {describe_events(record.events)}")
+        else:
+            for event in record.events:
+                self.say(event_line(event))
         if record.experts and record.step % self.every == 0:
             self._tell_phase(trainer.model, record.step)
         mean = sum(self._losses) / len(self._losses)
         experts = sum(record.experts)
         if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix(loss=f"{mean:.3f}", experts=experts, events=self._events, refresh=False)
+            note = f"loss {mean:.3f} experts {experts} events {self._events} {self._speed():,.0f} tokens/s"
+            self._bar.update(self._task, completed=record.step, note=note)
         elif record.step % self.every == 0 or record.step == self.total:
             seconds = time.perf_counter() - self._since
             effective = ""
@@ -88,6 +134,29 @@ class Progress:
             )
             self._tokens, self._since = 0, time.perf_counter()
 
+    def _open(self, done: int) -> Bar:
+        console = Console(stderr=True)
+        # In a narrow window the numbers are worth more than the bar.
+        wide = console.width >= WIDE
+        columns = (
+            *((TextColumn("step"),) if wide else ()),
+            MofNCompleteColumn(),
+            *((BarColumn(bar_width=None),) if wide else ()),
+            TextColumn("{task.fields[note]}"),
+            *((TimeElapsedColumn(),) if wide else ()),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        bar = Bar(*columns, console=console, refresh_per_second=4, expand=wide)
+        self._task = bar.add_task("", total=self.total, completed=done, note="")
+        bar.start()
+        return bar
+
+    def _speed(self) -> float:
+        """Tokens per second over the last steps."""
+        (begin, _), *later = self._recent
+        return sum(tokens for _, tokens in later) / max(later[-1][0] - begin, 1e-9) if later else 0.0
+
     def _tell_phase(self, model: Any, step: int) -> None:
         before, self._phase = self._phase, model.phase
         if before not in (None, self._phase):
@@ -95,12 +164,16 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
-        if self.shown:
-            tqdm.write(line, file=sys.stderr) if self._bar is not None else print(line, file=sys.stderr, flush=True)
+        if not self.shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
 
 
@@ -116,10 +189,20 @@ class JsonLog:
         after: Keep lines up to this step.
         written: False on all processes but one.
         every: Steps between lines with `routing` and `signals`; 0 is never.
+        listeners: Called with every entry written.
     """
 
-    def __init__(self, path: Path, *, after: int = 0, written: bool = True, every: int = 10):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        after: int = 0,
+        written: bool = True,
+        every: int = 10,
+        listeners: Sequence[Callable[[dict[str, Any]], None]] = (),
+    ):
         self.path = path
+        self.listeners = list(listeners)
         self.written = written
         self.every = every
         if not written:
@@ -137,6 +220,7 @@ class JsonLog:
             return
         entry: dict[str, Any] = {
             "step": record.step,
+            "lived": record.step if record.lived is None else record.lived,
             "loss": record.loss,
             "grad_norm": record.grad_norm,
             "learning_rate": record.learning_rate,
@@ -154,6 +238,8 @@ class JsonLog:
         if self.written:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+            for listen in self.listeners:
+                listen(entry)
 
 
-__all__ = ["LOGGED_ROUTING", "JsonLog", "Progress", "describe_events"]
+__all__ = ["LOGGED_ROUTING", "JsonLog", "Progress", "describe_events", "event_line"]

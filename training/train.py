@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
@@ -39,11 +39,13 @@ from living_moe.training.evaluation import Evaluation, evaluate_blocks
 from living_moe.training.grafting import graft
 from living_moe.training.loop import LivingTrainer, StepRecord, living_accelerator
 from living_moe.training.malloc import tune_malloc
+from living_moe.training.observatory.recorder import Recorder
+from living_moe.training.observatory.records import LOG_NAME
+from living_moe.training.observatory.trackers import PROJECT, Trackers, tracker_names, tracker_options
 from living_moe.training.optimizers import LivingAdamW
 from living_moe.training.reporting import JsonLog, Progress, describe_events
 
 FINAL = "final"
-LOG = "log.jsonl"
 #: Self-sampled calibration text: sequences, and tokens of each.
 SAMPLE_ROWS, SAMPLE_TOKENS = 64, 256
 
@@ -54,7 +56,8 @@ class Run:
 
     Attributes:
         model: In evaluation mode.
-        output_dir: Holds `final/` (model and tokenizer), `log.jsonl`, and checkpoints if asked for.
+        output_dir: Holds `final/` (model and tokenizer), the run's records (see observatory/records.py), what was sent
+            to TensorBoard, and checkpoints if asked for.
         losses: Training loss of each step of this process's part of the run, nats per token.
         evaluations: File -> before and after training; `before` is None if the run was resumed.
     """
@@ -71,14 +74,18 @@ def train(arguments: TrainArguments) -> Run:
     Raises:
         LivingMoeError: With what was wrong, the value, and the remedy.
     """
+    names = tracker_names(arguments.report_to)
+    output_dir = Path(arguments.output_dir)
     accelerator = living_accelerator(
-        gradient_accumulation=arguments.gradient_accumulation, mixed_precision=arguments.mixed_precision
+        gradient_accumulation=arguments.gradient_accumulation,
+        mixed_precision=arguments.mixed_precision,
+        log_with=names or None,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     say = say_on(accelerator)
     if arguments.tune_malloc and accelerator.device.type == "cpu" and not tune_malloc():
         say("the C library is not glibc: --tune-malloc has no effect here")
     set_seed(arguments.seed)
-    output_dir = Path(arguments.output_dir)
     resumed = resume_directory(arguments)
 
     model = build_model(arguments, resumed)
@@ -131,7 +138,11 @@ def train(arguments: TrainArguments) -> Run:
             for file, part in held_out.items()
         }
 
-    log = JsonLog(output_dir / LOG, after=trainer.step, written=accelerator.is_main_process)
+    if names:
+        accelerator.init_trackers(PROJECT, init_kwargs=tracker_options(output_dir.resolve().name, trainer.step))
+    main_process = accelerator.is_main_process
+    trackers = Trackers(accelerator.trackers if names and main_process else [], model)
+    log = JsonLog(output_dir / LOG_NAME, after=trainer.step, written=main_process, listeners=[trackers.entry])
     progress = Progress(arguments.max_steps, every=arguments.log_steps, shown=accelerator.is_main_process)
     losses: list[float] = []
     before = None
@@ -152,7 +163,16 @@ def train(arguments: TrainArguments) -> Run:
         if arguments.save_steps and record.step % arguments.save_steps == 0:
             trainer.save(output_dir / f"checkpoint-{record.step}", tokenizer=tokenizer, keep=arguments.keep_checkpoints)
 
-    trainer.hooks = [lambda _, record: losses.append(record.loss), progress, log, evaluate_now, save_now]
+    recorder = Recorder(
+        output_dir,
+        model,
+        max_steps=arguments.max_steps,
+        step=trainer.step,
+        every=arguments.snapshot_steps,
+        written=main_process,
+        listeners=[trackers.snapshot],
+    )
+    trainer.hooks = [lambda _, record: losses.append(record.loss), progress, recorder, log, evaluate_now, save_now]
     say(
         f"training in {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {name}: "
         f"{blocks.num_tokens:,} tokens in {len(blocks):,} blocks of {blocks.block_size}; experts {model.expert_counts}"
@@ -160,8 +180,10 @@ def train(arguments: TrainArguments) -> Run:
     try:
         with quiet_saving():
             trainer.run()
+        recorder.close()
     finally:
         progress.close()
+        trackers.finish()
 
     after = measure()
     record_perplexities(model, after)

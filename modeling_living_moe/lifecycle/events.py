@@ -33,6 +33,7 @@ class LifecycleEvent:
     metric: str = "request"  # what fired it, e.g. "load"; "request" is a direct call
     value: float = 0.0
     threshold: float = 0.0
+    held: int = 0  # optimizer steps for which the value was beyond the threshold; 0 where none are counted
     seed: int = 0  # of mutation noise and facet, so that the event can be repeated
     noise_std: float = 0.0
 

@@ -41,11 +41,12 @@ from living_moe.modeling_living_moe.population import (
 
 @dataclass(frozen=True)
 class Reason:
-    """What fired an event: a vital, its value, and the threshold it crossed."""
+    """What fired an event: a vital, its value, the threshold it crossed, and for how many optimizer steps it had."""
 
     metric: str = "request"
     value: float = 0.0
     threshold: float = 0.0
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -471,6 +472,7 @@ def _event(
         metric=reason.metric,
         value=reason.value,
         threshold=reason.threshold,
+        held=reason.held,
         **extra,
     )
 

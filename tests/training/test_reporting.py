@@ -13,7 +13,7 @@ from lives import busy_model
 
 from living_moe import LifecycleEvent
 from living_moe.training.loop import StepRecord
-from living_moe.training.reporting import JsonLog, Progress, describe_events
+from living_moe.training.reporting import JsonLog, Progress, describe_events, event_line
 
 
 def event(kind: Any, layer: int) -> LifecycleEvent:
@@ -48,7 +48,7 @@ def test_without_a_terminal_there_is_a_line_every_so_many_steps(capsys: pytest.C
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [
-        "step 2/5: loss 1.5000", "step 3: 1 split (layer 0)", "step 4/5: loss 2.5000", "step 5/5: loss 3.0000",
+        "step 2/5: loss 1.5000", "step 3 layer 0: split of 1", "step 4/5: loss 2.5000", "step 5/5: loss 3.0000",
     ]  # fmt: skip
     assert "experts 17 (10.0 effective), events 1, lr 0.001" in lines[-1]
 
@@ -75,8 +75,68 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     progress(None, record(1, event("death", 1)))  # type: ignore[arg-type]
     progress(None, record(2))  # type: ignore[arg-type]
     progress.close()
-    assert "step 1: 1 death (layer 1)" in terminal.getvalue()
-    assert "2/2" in terminal.getvalue() and "experts=17" in terminal.getvalue()
+    shown = terminal.getvalue()
+    assert "step 3 layer 1: death of 1 (asked for)" in shown
+    for part in ("2/2", "experts 17", "events 1", "loss 1.500", "tokens/s", "ETA"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            dict(kind="death", parents=(17,), metric="load", value=0.001, threshold=0.02, held=254),
+            "step 4550 layer 5: death of 17 (load 0.001 of fair share for 254 steps)",
+        ),
+        (
+            dict(kind="split", parents=(3,), children=(40,), metric="load", value=1.84, threshold=1.6, held=100),
+            "step 4550 layer 5: split of 3, newborn 40 (load 1.84 of fair share for 100 steps)",
+        ),
+        (
+            dict(kind="split", parents=(3,), children=(40,), metric="foreign_load", value=0.3),
+            "step 4550 layer 5: split of 3, newborn 40 (load 0.3 of fair share, of tokens outside its field)",
+        ),
+        (
+            dict(kind="freeze", parents=(3,), children=(3,), metric="divergence", value=0.125, held=50),
+            "step 4550 layer 5: freeze of 3 (loss of its tokens up by 0.125 nats for 50 steps)",
+        ),
+        (
+            dict(kind="thaw", parents=(3,), children=(3,), metric="steps frozen", value=4550, threshold=4500),
+            "step 4550 layer 5: thaw of 3 (preserved until step 4500)",
+        ),
+        (
+            dict(kind="merge", parents=(3, 8), children=(3,), metric="fragments", value=0.93, threshold=0.5),
+            "step 4550 layer 5: merge of 3 and 8 into 3 (weak, 93% of their tokens shared)",
+        ),
+        (
+            dict(kind="merge", parents=(3, 8), children=(3,), metric="memory", value=0.95, threshold=0.9),
+            "step 4550 layer 5: merge of 3 and 8 into 3 (memory 95% of its budget)",
+        ),
+        (
+            dict(kind="part", parents=(3,), children=(3, 8)),
+            "step 4550 layer 5: the clade of 3 parts (asked for)",
+        ),
+        (
+            dict(kind="grow", metric="trainable slots", value=16, threshold=8),
+            "step 4550 layer 5: trainable slots grow from 8 to 16",
+        ),
+        (
+            dict(kind="field", layer=-1, children=(2,), metric="tokens", value=32768),
+            "step 4550: birth of receptive field 2 (32,768 tokens seen by the last one)",
+        ),
+        (
+            dict(kind="death", parents=(17,), metric="energy", value=0.25),
+            "step 4550 layer 5: death of 17 (energy 0.25)",
+        ),
+    ],
+)  # fmt: skip
+def test_every_kind_of_event_is_told_in_words(fields: dict[str, Any], line: str) -> None:
+    assert event_line(LifecycleEvent(**{"step": 4550, "layer": 5, "parents": (), "children": (), **fields})) == line
+
+
+def test_very_many_events_of_a_step_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(5)(living_trainer(), record(1, *[event("split", 0)] * 40))
+    assert capsys.readouterr().err == "step 1: 40 splits (layer 0)\n"
 
 
 def test_processes_that_do_not_speak_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_a_source_checkpoint_learns_a_new_domain(
     assert before is not None and after.perplexity < before.perplexity
     said = capsys.readouterr().err
     assert "tokens that the model itself wrote" in said
-    assert "step 4, " in said and "splits (layer" in said
+    assert "step 4, " in said and "split of" in said
     assert f"perplexity on {source / 'new.txt'}: {before.perplexity:.2f} -> {after.perplexity:.2f}" in said
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")

@@ -67,13 +67,13 @@ def propose_by_load(block: LivingMoeBlock, config: LifecycleConfig, now: Circums
         if mature and not frozen:
             fertile.append(Fertile(values["load"], member.uid, cost, longer))
         if overloaded >= config.patience * longer:
-            reason = Reason(metric, values[metric], threshold)
+            reason = Reason(metric, values[metric], threshold, held=int(overloaded) * config.interval)
             urgency = values[metric] / max(threshold, 1e-9)
             proposals.append(
                 Proposal("split", block.layer, (member.uid,), reason, urgency, added_bytes=cost, lifetime=longer)
             )
         elif starved >= config.patience * longer:
-            reason = Reason("load", per_expert, config.death_load)
+            reason = Reason("load", per_expert, config.death_load, held=int(starved) * config.interval)
             urgency = 1.0 - per_expert / max(config.death_load, 1e-9)
             proposals.append(Proposal("death", block.layer, (member.uid,), reason, urgency, displaced=per_expert))
     for slab, values_of in rows.items():

@@ -88,7 +88,7 @@ def _preserve(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances
                 "preserve",
                 block.layer,
                 (member.uid,),
-                Reason("divergence", round(divergence, 6), round(threshold, 6)),
+                Reason("divergence", round(divergence, 6), round(threshold, 6), held=in_a_row * config.interval),
                 PRESERVE_URGENCY + divergence,
                 added_bytes=block.experts.bytes_per_expert(member.slab),
                 frozen_until=now.around.step + round(config.preserve_steps * importance),
