@@ -141,7 +141,7 @@ def _measurements(block: LivingMoeBlock, forces: PlasticityConfig) -> dict[str, 
         used = "hits" if forces.usage == "count" else "use"
         usage_E = torch.cat([getattr(table, used)[:count] for table, count in tables])
         found["plasticity"] = pull_left(usage_E, forces)
-        found["key_distance"] = memory.distances(block.router.keys, block.population)
+        found["drift"] = memory.distances(block.router.keys, block.population)
     if keys_ED.device.type != "meta":
         on_directions = keys_ED.float() @ key_directions(keys_ED.shape[1]).to(keys_ED.device)
         found |= {f"key_{place}": column for place, column in enumerate(on_directions.T)}

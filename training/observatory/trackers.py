@@ -209,14 +209,9 @@ class Trackers:
                 keys_ED = self._keys(experts, layer)
                 if keys_ED is None or len(keys_ED) < 2:
                     continue
-                columns = [
-                    [f"{value:.3g}" for value in experts[name]]
-                    if name == "load"
-                    else experts[name].astype(int).tolist()
-                    for name in header
-                    if name != "layer"
-                ]
-                columns.insert(1, [layer] * len(experts))
+                shown = {name: experts[name].astype(int) for name in header if name not in ("layer", "load")}
+                shown |= {"layer": experts.layer_E, "load": experts["load"].round(4)}
+                columns = [shown[name].tolist() for name in header]
                 writer.add_embedding(
                     keys_ED,
                     metadata=[list(map(str, row)) for row in zip(*columns, strict=True)],
@@ -234,7 +229,7 @@ class Trackers:
                 keys_ED = block.router.keys(block.population.alive).detach().float().cpu().numpy()
                 order: Array = np.argsort(block.population.uids, kind="stable")
                 return keys_ED[order]
-        names = sorted(name for name in experts.columns if name.startswith("key_") and name != "key_distance")
+        names = sorted(name for name in experts.columns if name.startswith("key_"))
         return np.stack([experts[name] for name in names], axis=1) if names else None
 
     def _tensorboards(self) -> list[Any]:

@@ -48,7 +48,9 @@ class Snapshot:
         layer_E: int32, living layer.
         columns: By name, (E,): those of `EXACT` (int64; `parent` is -1 for a founder, `frozen` 0 or 1), and
             measurements (float32): those of `model.vitals`, `key_0` ... the key on a few fixed random directions,
-            `plasticity` the pull that a hit still has on the key, where keys are plastic.
+
+            and where keys are plastic `plasticity`, the pull that a hit still has on the key, and `drift`, how far it
+            is from its start.
     """
 
     step: int
