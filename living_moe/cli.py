@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, ternarize, export, inspect, train, quickstart, card."""
+"""The `living-moe` command: convert, ternarize, export, inspect, lineage, train, quickstart, card."""
 
 from __future__ import annotations
 
@@ -75,6 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path)
     inspect.add_argument("--events", type=int, default=10, help="how many of the last events to show (default 10)")
     inspect.set_defaults(run=run_inspect)
+
+    lineage = commands.add_parser(
+        "lineage", help="write the interactive lineage of a run or a checkpoint: one HTML file that opens offline"
+    )
+    lineage.add_argument(
+        "directory", type=Path, help="directory of a run (finished, running or crashed) or of a checkpoint"
+    )
+    lineage.add_argument("--out", type=Path, help="the page to write (default: lineage.html in the run's directory)")
+    lineage.set_defaults(run=run_lineage)
 
     train = commands.add_parser(
         "train", help="train a living model in this process (see also: accelerate launch -m living_moe.training.train)"
@@ -173,6 +182,17 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     from living_moe.inspection import inspect_checkpoint, show
 
     show(inspect_checkpoint(arguments.checkpoint), Console(), events=arguments.events)
+
+
+def run_lineage(arguments: argparse.Namespace) -> None:
+    from living_moe.training.observatory.lineage_page import PAGE_NAME, write_lineage_page
+    from living_moe.training.observatory.records import read_run
+
+    run = read_run(arguments.directory)
+    path = write_lineage_page(run, arguments.out or arguments.directory / PAGE_NAME)
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"lineage of {len(run.lives()):,} experts written to {path}")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
