@@ -12,6 +12,7 @@ rather than built (`optimizers=`): a resumed run must build it after the checkpo
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.training.checkpointing import capacities, names_of, reserve
 from living_moe.training.distributed import WrapperKeeper, find_wrapper
 from living_moe.training.loop import diverged_message
-from living_moe.training.reporting import describe_events
+from living_moe.training.observatory.recorder import SNAPSHOT_STEPS, Recorder
+from living_moe.training.observatory.records import LOG_NAME
+from living_moe.training.observatory.trackers import TRACKERS, Trackers, open_trackers, tracker_names
+from living_moe.training.reporting import JsonLog, describe_events, event_line, living_state
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +41,27 @@ logger = logging.get_logger(__name__)
 class LivingMoeCallback(TrainerCallback, ExportableState):
     """Lets the experts of a living model live while a Trainer trains it.
 
+    Args:
+        records: Keep the run's records in `output_dir` (see observatory/records.py).
+        snapshot_steps: Optimizer steps, at least, between records of all experts; 0 keeps none.
+        report_to: Trackers that get them too, as `--report-to` of the training script; None is those the Trainer
+            reports to.
+
     Attributes:
         events: What the lifecycle has done in this run, oldest first.
         record: What a resumed run needs beyond a Trainer checkpoint; written into `trainer_state.json`.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, records: bool = True, snapshot_steps: int = SNAPSHOT_STEPS, report_to: str | None = None
+    ) -> None:
+        self.records = records
+        self.snapshot_steps = snapshot_steps
+        self.report_to = report_to
+        self._recorder: Recorder | None = None
+        self._log: JsonLog | None = None
+        self._trackers: Trackers | None = None
+        self._unlogged: list[LifecycleEvent] = []
         self.events: list[LifecycleEvent] = []
         self.record: dict[str, Any] | None = None
         self._whole: nn.Module | None = None  # what the Trainer was given: the living model, or PEFT's wrapper of it
@@ -94,6 +113,23 @@ class LivingMoeCallback(TrainerCallback, ExportableState):
             self._hook.remove()
         self._losses.clear()
         self._hook = whole.register_forward_hook(self._keep_loss)
+        if self.records and state.is_world_process_zero:
+            self._open_records(args, state, model)
+
+    def _open_records(self, args: TrainingArguments, state: TrainerState, model: LivingMoePreTrainedModel) -> None:
+        directory = Path(args.output_dir)  # type: ignore[arg-type]
+        wanted = [name for name in args.report_to if name in TRACKERS] if self.report_to is None else self.report_to
+        opened = open_trackers(tracker_names(wanted), str(directory / "tensorboard"), directory.resolve().name)
+        self._trackers = Trackers(opened, model)
+        self._log = JsonLog(directory / LOG_NAME, after=state.global_step, listeners=[self._trackers.entry])
+        self._recorder = Recorder(
+            directory,
+            model,
+            max_steps=state.max_steps,
+            step=state.global_step,
+            every=self.snapshot_steps,
+            listeners=[self._trackers.snapshot],
+        )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +160,13 @@ class LivingMoeCallback(TrainerCallback, ExportableState):
         self._keeper.follow()
         if events:
             self.events += events
+            self._unlogged += events
+            for event in events:
+                logger.info(event_line(event))
             logger.info(f"step {state.global_step + 1}: {describe_events(events)}; experts {self._model.expert_counts}")
+
+        if self._recorder is not None:
+            self._recorder.observe()
 
     def on_log(
         self,
@@ -141,6 +183,11 @@ class LivingMoeCallback(TrainerCallback, ExportableState):
         for target in (logs, state.log_history[-1] if state.log_history else None):
             if target is not None:
                 target.update(figures)
+        if self._log is not None and logs is not None and "loss" in logs:
+            entry = {name: logs.get(name) for name in ("loss", "grad_norm", "learning_rate")}
+            happened, self._unlogged = [event.to_dict() for event in self._unlogged], []
+            entry |= {"experts": list(self._model.expert_counts), "events": happened, **living_state(self._model)}
+            self._log.write({"step": state.global_step, "lived": self._model.steps_lived, **entry})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,6 +195,10 @@ class LivingMoeCallback(TrainerCallback, ExportableState):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        if self._recorder is not None and self._trackers is not None:
+            self._recorder.close()
+            self._trackers.finish()
+            self._recorder = self._trackers = self._log = None
 
     def _keep_loss(self, module: nn.Module, args: Any, output: Any) -> None:
         loss = getattr(output, "loss", None)

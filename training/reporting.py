@@ -177,6 +177,15 @@ class Progress:
             self._bar = None
 
 
+def living_state(model: Any) -> dict[str, Any]:
+    """What a log says of a living model now and then: `routing` and `signals`."""
+    means = summary(collapse_report(model), prefix="")
+    return {
+        "routing": {name: means[name] for name in LOGGED_ROUTING},
+        "signals": {**model.signals(), "phase": model.phase},
+    }
+
+
 class JsonLog:
     """Hook: one JSON line per step. A resumed run drops the lines after the step it resumes from.
 
@@ -228,9 +237,7 @@ class JsonLog:
             "events": [event.to_dict() for event in record.events],
         }
         if record.experts and self.every and record.step % self.every == 0:
-            means = summary(collapse_report(trainer.model), prefix="")
-            entry["routing"] = {name: means[name] for name in LOGGED_ROUTING}
-            entry["signals"] = {**trainer.model.signals(), "phase": trainer.model.phase}  # type: ignore[operator]
+            entry |= living_state(trainer.model)
         self.write(entry)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -242,4 +249,4 @@ class JsonLog:
                 listen(entry)
 
 
-__all__ = ["LOGGED_ROUTING", "JsonLog", "Progress", "describe_events", "event_line"]
+__all__ = ["LOGGED_ROUTING", "JsonLog", "Progress", "describe_events", "event_line", "living_state"]

@@ -54,7 +54,8 @@
   const all = Array.from({ length: COUNT }, (_, i) => i);
   const of = (kind) => V.kind.map((k, n) => (k === kind && V.who[n].length ? n : -1)).filter((n) => n >= 0);
   // Thick enough to see, thin enough that neighbours stay apart.
-  const width = Math.min(9, Math.max(1, (0.6 * 520) / Math.max(COUNT, 1)));
+  const thickness = (rows) => Math.min(9, Math.max(1, (0.6 * 0.8 * (plot.clientHeight || 520)) / Math.max(rows, 1)));
+  let width = thickness(COUNT);
   const BARS = [
     ["founder", "founder", (i) => E.parent[i] < 0 && !E.fate[i]],
     ["newborn", "born of a split", (i) => E.parent[i] >= 0 && !E.fate[i]],
@@ -310,7 +311,14 @@
   if (R.notes.length) { $("notes").hidden = false; $("notes").textContent = R.notes.join(" "); }
   dress();
   Plotly.newPlot(plot, traces(), layout(), config()).then(() => {
-    plot.on("plotly_relayout", place);
+    plot.on("plotly_relayout", () => {
+      place();
+      const [low, high] = plot._fullLayout.yaxis.range, now = thickness(Math.abs(high - low));
+      if (Math.abs(now - width) < 0.2 * width) return;
+      width = now;
+      Plotly.restyle(plot, { "line.width": now }, BARS.map((_, n) => 2 + n));
+      Plotly.restyle(plot, { "line.width": Math.max(2.5, now) }, [CHOSEN]);
+    });
     plot.on("plotly_relayouting", place);
     plot.on("plotly_afterplot", place);
     legend();
