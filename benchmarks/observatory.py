@@ -4,8 +4,8 @@
     python benchmarks/observatory.py --quick    # a tenth of it
 
 Sizes: a synthetic run of 16 layers, 1,000 experts in all (and again with 1,000 in each), 50,000 events, whose numbers
-are as noisy as a run's. Overhead: a small model trained on random text, steps with and without observation taking
-turns, so that other load on the machine falls on both; medians. Prints a table.
+are as noisy as a run's. Overhead: a small model trained on random text; what the observatory's hooks take is timed
+step by step between the steps themselves, so that other load on the machine falls on both.
 """
 
 from __future__ import annotations
@@ -47,16 +47,13 @@ def sizes(directory: Path, experts: int, share: float) -> None:
     read = time.perf_counter() - begin
     path = write_lineage_page(run, directory.with_suffix(".html"))
     built = time.perf_counter() - begin
-    print(
-        f"16 layers x {experts} experts, {steps:,} steps, {len(run.events):,} events, {len(run.vitals_steps):,} snapshots"
-    )
+    counts = f"{steps:,} steps, {len(run.events):,} events, {len(run.vitals_steps):,} snapshots"
+    print(f"16 layers x {experts} experts, {counts}")
     for name, size in files.items():
         print(f"  {name:<16}{size / 1e6:8.1f} MB")
     print(f"  {'all records':<16}{sum(files.values()) / 1e6:8.1f} MB   (written in {written:.0f} s)")
-    print(
-        f"  read in {read:.1f} s, page of {path.stat().st_size / 1e6:.1f} MB read and built in {built:.1f} s",
-        flush=True,
-    )
+    size = path.stat().st_size / 1e6
+    print(f"  read in {read:.1f} s; read, and a page of {size:.1f} MB built, in {built:.1f} s", flush=True)
 
 
 def small_model() -> Any:
@@ -69,7 +66,7 @@ def small_model() -> Any:
 
 
 def overhead(directory: Path, steps: int) -> None:
-    """Steps with all hooks and steps with none, ten by ten."""
+    """What the hooks of a training run take, of the time that its steps take without them."""
     model = small_model()
     blocks = torch.randint(3, 512, (256, 128), generator=torch.Generator().manual_seed(1))
     opened = open_trackers(tracker_names("auto"), str(directory / "tensorboard"), "overhead")
@@ -104,7 +101,7 @@ def overhead(directory: Path, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the size and of the steps")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps and events")
     arguments = parser.parse_args()
     share = 0.1 if arguments.quick else 1.0
     with tempfile.TemporaryDirectory() as folder:

@@ -118,7 +118,8 @@ class LivingMoeCallback(TrainerCallback, ExportableState):
 
     def _open_records(self, args: TrainingArguments, state: TrainerState, model: LivingMoePreTrainedModel) -> None:
         directory = Path(args.output_dir)  # type: ignore[arg-type]
-        wanted = [name for name in args.report_to if name in TRACKERS] if self.report_to is None else self.report_to
+        reported = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+        wanted = [name for name in reported if name in TRACKERS] if self.report_to is None else self.report_to
         opened = open_trackers(tracker_names(wanted), str(directory / "tensorboard"), directory.resolve().name)
         self._trackers = Trackers(opened, model)
         self._log = JsonLog(directory / LOG_NAME, after=state.global_step, listeners=[self._trackers.entry])

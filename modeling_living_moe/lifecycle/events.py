@@ -47,15 +47,14 @@ class LifecycleEvent:
         Raises:
             CheckpointError: A field is missing, unknown, or of an unknown kind.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if (
-            not isinstance(record, dict)
-            or not known >= record.keys()
-            or record.get("kind") not in get_args(LifecycleKind)
-        ):
-            raise CheckpointError(f"not a lineage record: {record!r}; its fields must be among {sorted(known)}.")
+        if not isinstance(record, dict) or not _FIELDS >= record.keys() or record.get("kind") not in _KINDS:
+            raise CheckpointError(f"not a lineage record: {record!r}; its fields must be among {sorted(_FIELDS)}.")
         try:
             lists = {name: tuple(int(uid) for uid in record[name]) for name in ("parents", "children")}
             return cls(**{**record, **lists})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"broken lineage record {record!r}: {error}") from error
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(LifecycleEvent))
+_KINDS = frozenset(get_args(LifecycleKind))

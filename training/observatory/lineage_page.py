@@ -112,7 +112,7 @@ def rows_of(lives: dict[tuple[int, int], Life]) -> dict[tuple[int, int], int]:
     for key, life in lives.items():
         above = None if life.parent is None else (life.layer, life.parent)
         if above in lives:
-            children.setdefault(above, []).append(key)  # type: ignore[arg-type]
+            children.setdefault(above, []).append(key)
         else:
             roots.append(key)
     rows: dict[tuple[int, int], int] = {}

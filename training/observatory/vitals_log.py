@@ -172,7 +172,7 @@ class _Carry:
     def __init__(self, old_E: Array | None, new_E: Array):
         self._size = len(new_E)
         self._place_E: Array | None = None
-        self._known_E: Array | None = None
+        self._known_E: Array = np.empty(0, bool)
         self._same = old_E is not None and np.array_equal(old_E, new_E)
         if old_E is not None and len(old_E) and not self._same:
             self._place_E = np.minimum(np.searchsorted(old_E, new_E), len(old_E) - 1)
