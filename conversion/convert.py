@@ -36,8 +36,8 @@ from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LearnedTemperature
 from living_moe.modeling_living_moe.selection import selection_rule
-from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
+from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
 
 #: Largest |difference of logits| over the largest |logit| that a graft may have, by dtype. fp32 grafts measure 0.
