@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, ternarize, export, inspect, lineage, train, quickstart, card."""
+"""The `living-moe` command: convert, ternarize, export, inspect, lineage, experts, train, quickstart, card."""
 
 from __future__ import annotations
 
@@ -100,6 +100,26 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     quickstart.add_argument("--smoke", action="store_true", help="a few steps only: checks that everything runs")
     quickstart.set_defaults(run=run_quickstart)
+
+    experts = commands.add_parser(
+        "experts", help="what each expert contributes to the loss on a text, what it costs and what it reads"
+    )
+    experts.add_argument("model", help="living checkpoint's directory or hub id")
+    experts.add_argument("--text", type=Path, required=True, help="text file to measure on")
+    experts.add_argument("--top", type=int, default=20, help="how many experts to show (default %(default)s)")
+    experts.add_argument("--block-size", type=int, default=128, help="tokens of a block of text (default %(default)s)")
+    experts.add_argument(
+        "--blocks", type=int, default=32, help="blocks to read, spread over the text; 0 is all (default %(default)s)"
+    )
+    experts.add_argument("--batch-size", type=int, default=8, help="blocks per forward pass (default %(default)s)")
+    experts.add_argument(
+        "--no-leave-out", action="store_true", help="estimate contributions from one gradient, do not measure them"
+    )
+    experts.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole leaderboard there as Markdown")
+    experts.add_argument(
+        "--record", action="store_true", help="save the checkpoint anew with the ten best experts in its model card"
+    )
+    experts.set_defaults(run=run_experts)
 
     card = commands.add_parser("card", help="print the model card of a living checkpoint")
     card.add_argument("checkpoint", type=Path)
@@ -206,6 +226,23 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
 
     quickstart(
         arguments.output, first=arguments.first, second=arguments.second, seed=arguments.seed, smoke=arguments.smoke
+    )
+
+
+def run_experts(arguments: argparse.Namespace) -> None:
+    from living_moe.experts import show_experts
+
+    show_experts(
+        arguments.model,
+        arguments.text,
+        Console(),
+        top=arguments.top,
+        block_size=arguments.block_size,
+        max_blocks=arguments.blocks,
+        batch_size=arguments.batch_size,
+        leave_out=not arguments.no_leave_out,
+        markdown=arguments.markdown,
+        record=arguments.record,
     )
 
 

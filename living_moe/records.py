@@ -94,6 +94,7 @@ def card_records(model: LivingMoePreTrainedModel, directory: Path) -> CardRecord
         parameters=parameter_counts(model),
         lineage_summary=lineage_summary(model.lineage),
         perplexities=provenance.get("perplexities", ()),
+        leaderboard=provenance.get("leaderboard"),
         library_versions=library_versions(),
     )
 

@@ -66,6 +66,32 @@ class Perplexity(TypedDict):
     after: float | None
 
 
+class LeaderboardRow(TypedDict):
+    """One expert; contributions in nats per token of the text they were measured on, above 0 where the expert helps."""
+
+    layer: int
+    uid: int
+    #: Multiples of the uniform share of its layer's tokens.
+    load: float
+    #: Loss without the expert less the loss with it; None where it was estimated only.
+    contribution: float | None
+    #: The first-order estimate of the contribution.
+    first_order: float
+    #: Divergence of the classes of tokens it reads from those its layer reads, nats.
+    specialisation: float
+    #: The class that it reads more than its layer does; None where there is none.
+    reads: str | None
+
+
+class Leaderboard(TypedDict):
+    """The most valuable experts, best first, of `experts` measured on `tokens` tokens at optimizer step `step`."""
+
+    step: int
+    tokens: int
+    experts: int
+    rows: Sequence[LeaderboardRow]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CardRecords:
     """What a model knows about itself. An absent record is None or empty, never a guess."""
@@ -90,6 +116,8 @@ class CardRecords:
     #: None where no lineage was kept; `events` is empty where one was kept and nothing happened.
     lineage_summary: LineageSummary | None = None
     perplexities: Sequence[Perplexity] = ()
+    #: None where nobody measured what experts contribute.
+    leaderboard: Leaderboard | None = None
     #: Package name to version, of what wrote the checkpoint.
     library_versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -215,10 +243,16 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
+def _signed(value: float | None) -> str:
+    """A contribution, e.g. "+0.0123"; "not measured" for None."""
+    return "not measured" if value is None else f"{value:+.3g}"
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     filters = {"line": _line, "shown": _shown, "cell": _cell, "code": _code, "number": _number, "hub_id": is_hub_id}
+    filters |= {"signed": _signed}
     environment.filters.update(filters)
     return environment.from_string(resources.files(__package__).joinpath("template.md").read_text(encoding="utf-8"))
