@@ -136,6 +136,8 @@ class Performance:
     """What `measure` found. `rows` by layer, then slot; `agreement` is empty where nothing was left out.
 
     `loss` is of the whole text, nats per token; `tokens` and `blocks` its size, `step` the model's optimizer steps.
+    `classes` counts, per living layer, what each expert read of each of `TOKEN_CLASSES`, (E, C); none without a
+    tokenizer.
     """
 
     rows: list[ExpertRow]
@@ -145,6 +147,7 @@ class Performance:
     tokens: int
     blocks: int
     step: int
+    classes: list[Floats]
 
     def leaderboard(self, top: int | None = None) -> list[ExpertRow]:
         """The `top` experts of greatest worth (None: all), best first; layer and uid decide between equals."""
@@ -179,10 +182,13 @@ def measure(
     reading = read(model, sample_blocks(blocks, max_blocks), batch_size=batch_size)
     deltas = leave_one_out(model, reading, batch_size=batch_size) if leave_out else None
     class_V, names = _classes(tokenizer, reading.ids_NS)
-    rows = []
+    class_NS = class_V[reading.ids_NS].numpy()
+    rows, classes = [], []
     for layer, block in enumerate(model.living_blocks):
+        experts, kinds = len(block.population.members), len(names) if names is not None else int(class_NS.max()) + 1
+        classes.append(class_counts(reading.index[layer], class_NS, experts, kinds))
         delta_EN = None if deltas is None else deltas[layer].numpy()
-        rows += _rows_of(model, block, reading, delta_EN, class_V[reading.ids_NS].numpy(), names)
+        rows += _rows_of(model, block, reading, delta_EN, classes[-1], names)
     return Performance(
         rows=rows,
         agreement=[] if deltas is None else agreement(rows),
@@ -191,6 +197,7 @@ def measure(
         tokens=reading.loss_NS.numel(),
         blocks=len(reading.ids_NS),
         step=model.steps_lived,
+        classes=[] if names is None else classes,
     )
 
 
@@ -436,7 +443,7 @@ def _rows_of(
     block: LivingMoeBlock,
     reading: Reading,
     delta_EN: Floats | None,
-    class_NS: npt.NDArray[np.int64],
+    counts_EC: Floats,
     names: Sequence[str] | None,
 ) -> list[ExpertRow]:
     """The rows of one layer, in slot order."""
@@ -446,9 +453,6 @@ def _rows_of(
     place = index_NSK[used].long()
     tokens_E = torch.bincount(place, minlength=len(members)).tolist()
     weight_E = torch.bincount(place, weights_NSK[used].double(), minlength=len(members)).tolist()
-    counts_EC = class_counts(
-        index_NSK, class_NS, len(members), int(class_NS.max()) + 1 if names is None else len(names)
-    )
     divergence_E, entropy_E = specialisation(counts_EC)
     all_C = counts_EC.sum(0) / max(counts_EC.sum(), 1)
     scored, total = reading.loss_NS.numel(), max(sum(tokens_E), 1)
