@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from living_moe.configuration.sections import LifecycleConfig
@@ -45,6 +47,8 @@ from living_moe.training.observatory.vitals_log import Array
 
 #: Layers drawn side by side, lives below each other, points on a line, numbers in a table of tracks.
 MOST_PANELS, MOST_LIVES, MOST_POINTS, MOST_CELLS = 12, 1200, 2000, 3_000_000
+#: Points of a key's path.
+MOST_TURNS = 40
 #: Layers that get a line of their own in a timeline.
 MOST_LINES = 10
 #: Fewest keys of a layer that UMAP is asked to lay out; below, neighbourhoods of its size mean nothing.
@@ -90,11 +94,11 @@ class Theme:
 
 
 LIGHT = Theme(
-    "light", "#ffffff", "#1b1f24", "#5f6b7a", "#e4e8ed", "#cfe0f3", "#4a90d0", "#0a2f66",
+    "light", "#ffffff", "#1b1f24", "#5f6b7a", "#e4e8ed", "#b9d5f0", "#3f86cc", "#0a2f66",
     ("#3b6fd4", "#d98a00", "#c9445f", "#1f9e89", "#7a52c7", "#8a6d3b", "#d060b0", "#5b7d1f", "#4a5568", "#e06030"),
 )  # fmt: skip
 DARK = Theme(
-    "dark", "#12161c", "#e8ecf1", "#98a4b3", "#2a323d", "#24405f", "#3f9ad6", "#eaf6ff",
+    "dark", "#12161c", "#e8ecf1", "#98a4b3", "#2a323d", "#2b5680", "#46a3e0", "#eaf6ff",
     ("#7aa5ff", "#f2b632", "#ff7d8f", "#52d0b8", "#b794ff", "#cfae76", "#ff9adf", "#a5cf5a", "#a9b6c6", "#ff9868"),
 )  # fmt: skip
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
@@ -132,6 +136,16 @@ class Scene:
         return Snapshotted(
             int(self.tracks.steps_T[-1]), self.tracks.layer_E[place_E], self.tracks.uid_E[place_E], place_E, columns
         )
+
+    @cached_property
+    def layouts(self) -> tuple[dict[int, Array], str]:
+        """Places in the plane of the alive's keys, (E, 2) per shown layer, and how they were found."""
+        keys_ED = key_table(self.now)
+        layers, _ = some_layers([int(layer) for layer in np.unique(self.now.layer_E)])
+        has_umap = importlib.util.find_spec("umap") is not None
+        found = {layer: flat_layout(keys_ED[self.now.layer_E == layer], umap=has_umap) for layer in layers}
+        methods = " and ".join(sorted({method for _, method in found.values()}))
+        return {layer: place_E2 for layer, (place_E2, _) in found.items()}, methods
 
     @property
     def caption(self) -> str:
@@ -176,16 +190,17 @@ def new_figure(
 ) -> Figure:
     """An empty figure, inches, with its title above and what it was made from below."""
     figure = Figure(figsize=(width, height), facecolor=theme.paper, layout="constrained")
-    above, below = 0.5 / height, 0.36 / height
+    said = textwrap.wrap("  ·  ".join([scene.caption, *(note for note in notes if note)]), int(13 * width))
+    above, below = 0.5 / height, (0.22 + 0.13 * len(said)) / height
     figure.get_layout_engine().set(rect=(0.0, below, 1.0, 1.0 - above - below), w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
     figure.text(0.14 / width, 1 - 0.16 / height, title, color=theme.ink, size=13, weight="bold", va="top")
-    said = "  ·  ".join([scene.caption, *(note for note in notes if note)])
-    figure.text(0.14 / width, 0.12 / height, said, color=theme.muted, size=7.5, va="bottom")
+    figure.text(0.14 / width, 0.1 / height, "\n".join(said), color=theme.muted, size=7.5, va="bottom")
     return figure
 
 
-def dress(axes: Axes, theme: Theme, *, grid: bool = True) -> None:
+def dress(axes: Axes, theme: Theme, title: str = "") -> None:
     axes.set_facecolor(theme.paper)
+    axes.set_title(title, loc="left", color=theme.ink, size=9.5)
     for side, spine in axes.spines.items():
         spine.set_color(theme.grid)
         if side in ("top", "right"):
@@ -194,11 +209,8 @@ def dress(axes: Axes, theme: Theme, *, grid: bool = True) -> None:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(theme.muted)
         label.set_size(9)
-    axes.title.set_color(theme.ink)
-    axes.title.set_size(10)
-    if grid:
-        axes.grid(color=theme.grid, linewidth=0.6)
-        axes.set_axisbelow(True)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def step_axis(axes: Axes, *, label: bool = True) -> None:
@@ -257,9 +269,19 @@ def panels(
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
     for axes, layer in zip(grid, layers, strict=False):
-        dress(axes, theme)
-        axes.set_title(f"layer {layer}", loc="left")
+        dress(axes, theme, f"layer {layer}")
     return figure, grid[: len(layers)]
+
+
+def name_axes(grid: Sequence[Axes], theme: Theme, across: str, down: str) -> None:
+    """Name the axes of panels once: below the lowest of each column, left of the first of each row."""
+    for place, axes in enumerate(grid):
+        spec: Any = axes.get_subplotspec()
+        columns = spec.get_gridspec().ncols
+        if place + columns >= len(grid):
+            axes.set_xlabel(across, color=theme.muted, size=9)
+        if spec.is_first_col():
+            axes.set_ylabel(down, color=theme.muted, size=9)
 
 
 def label_points(figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, float, float, str]]) -> None:
@@ -273,6 +295,7 @@ def label_points(figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, floa
             note = axes.annotate(
                 text, (x, y), xytext=shift, textcoords="offset points", size=7, color=theme.ink, ha=align, va="center"
             )
+            note.set_path_effects([withStroke(linewidth=2, foreground=theme.paper)])
             box = note.get_window_extent().expanded(1.08, 1.1)
             inside = axes.get_window_extent()
             if inside.contains(*box.min) and inside.contains(*box.max) and not any(box.overlaps(t) for t in taken):
@@ -322,38 +345,31 @@ def principal_axes(points_ND: Array) -> Array:
 def expert_map(scene: Scene, theme: Theme) -> Figure:
     """Where experts are addressed: keys in the plane, size load times health, colour energy or load, old ones faded."""
     now = scene.now
-    keys_ED = key_table(now)
+    places, methods = scene.layouts
     layers, note = some_layers([int(layer) for layer in np.unique(now.layer_E)])
-    has_umap = importlib.util.find_spec("umap") is not None
     shown = "energy" if "energy" in now.columns else "load"
     value_E = now[shown]
-    top = HIGHEST_LOAD if shown == "load" else max(float(value_E.max()), 1e-9)
+    top = min(HIGHEST_LOAD, max(1.5, float(value_E.max()))) if shown == "load" else max(float(value_E.max()), 1e-9)
     size_E = now["load"] * health(now)
     age_E = now["age"] / max(float(now["age"].max()), 1.0)
     color = theme.ramp(np.clip(value_E / top, 0, 1))
-    color[:, 3] = 1.0 - 0.6 * age_E
-    methods = set()
-    places = []
-    for layer in layers:
-        of_layer = now.layer_E == layer
-        place_E2, method = flat_layout(keys_ED[of_layer], umap=has_umap)
-        places.append(place_E2)
-        methods.add(method)
+    color[:, 3] = 1.0 - 0.5 * age_E
     notes = [
-        f"{' and '.join(sorted(methods))} of keys on {keys_ED.shape[1]} random directions",
+        f"{methods} of keys on {sum(name in now.columns for name in _KEYS)} random directions",
         "size: load × health, fading: age, ring: frozen",
         note,
     ]
     figure, grid = panels(scene, theme, layers, f"Expert map at step {now.step:,}", notes)
     wanted = []
     largest = max(float(size_E.max()), 1e-9)
-    for axes, layer, place_E2 in zip(grid, layers, places, strict=True):
+    for axes, layer in zip(grid, layers, strict=True):
+        place_E2 = places[layer]
         mine = np.flatnonzero(now.layer_E == layer)
         order = mine[np.argsort(-size_E[mine], kind="stable")]
         rank = np.argsort(-size_E[mine], kind="stable")
         crowd = min(1.0, 24 / len(mine))
-        ring = np.where(now["frozen"][order] > 0, 1.3, 0.4)
-        edges = [theme.ink if now["frozen"][one] > 0 else theme.paper for one in order]
+        ring = np.where(now["frozen"][order] > 0, 1.3, 0.5)
+        edges = [theme.ink if now["frozen"][one] > 0 else theme.muted for one in order]
         axes.scatter(
             *place_E2[rank].T,
             s=14 + 420 * crowd * size_E[order] / largest,
@@ -436,8 +452,9 @@ def lineage_tree(scene: Scene, theme: Theme) -> Figure:
 
 def draw_lineage(lives: dict[tuple[int, int], Life], theme: Theme, scene: Scene, notes: Sequence[str] = ()) -> Figure:
     order = family_order(lives)
-    row = {key: place for place, key in enumerate(order)}
     layers = sorted({layer for layer, _ in order})
+    # A row is left free between layers.
+    row = {key: place + layers.index(key[0]) for place, key in enumerate(order)}
     colors = layer_colors(theme, layers)
     height = min(18.0, 2.2 + max(1.6, 0.1 * len(order)))
     notes = ["a line is a life; a fork is a split; × is a death, a dotted line leads into a merge", *notes]
@@ -469,7 +486,7 @@ def draw_lineage(lives: dict[tuple[int, int], Life], theme: Theme, scene: Scene,
         axes.scatter(*zip(*deaths, strict=True), marker="x", s=6 + 14 * thin, c=theme.ink, linewidths=0.5 + 0.5 * thin)
     last = max(1, scene.run.last_step, *(life.died for life in lives.values()))
     axes.set_xlim(-0.01 * last, 1.01 * last)
-    axes.set_ylim(len(order) - 0.2, -0.8)
+    axes.set_ylim(len(order) + len(layers) - 1.2, -0.8)
     middle = {layer: np.mean([row[key] for key in order if key[0] == layer]) for layer in layers}
     shown = spread_over(layers, max(1, int(height * 5)))
     axes.set_yticks([float(middle[layer]) for layer in shown], [f"layer {layer}" for layer in shown])
@@ -551,20 +568,20 @@ def load_over_time(scene: Scene, theme: Theme) -> Figure:
         raise NothingToDraw("the run has no snapshots of its experts (vitals.jsonl)")
     layers, note = some_layers(over_time.layers)
     figure, grid = panels(scene, theme, layers, "Load of every expert over time", [over_time.sampled, note])
-    edges = np.concatenate([over_time.steps_T, [max(scene.run.last_step, over_time.steps_T[-1] + 1)]]).astype(float)
+    begin, end = int(over_time.steps_T[0]), max(scene.run.last_step, int(over_time.steps_T[-1]) + 1)
+    # Between snapshots the one before holds.
+    column_T = np.searchsorted(over_time.steps_T, np.linspace(begin, end, MOST_SNAPSHOTS, endpoint=False), "right") - 1
     image: Any = None
     for axes, layer in zip(grid, layers, strict=True):
         load_ET = over_time["load"][:, over_time.of_layer(layer)].T
-        image = axes.pcolormesh(
-            edges, np.arange(len(load_ET) + 1), np.ma.masked_invalid(load_ET), cmap=theme.ramp, vmin=0,
-            vmax=HIGHEST_LOAD, rasterized=True,
+        image = axes.imshow(
+            load_ET[:, column_T], aspect="auto", cmap=theme.ramp, vmin=0, vmax=HIGHEST_LOAD, interpolation="nearest",
+            extent=(begin, end, len(load_ET), 0),
         )  # fmt: skip
-        axes.invert_yaxis()
         axes.grid(visible=False)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         step_axis(axes, label=False)
-    figure.supxlabel("optimizer step", color=theme.muted, size=9)
-    figure.supylabel("expert, in the order of uid", color=theme.muted, size=9)
+    name_axes(grid, theme, "optimizer step", "expert, in the order of uid")
     color_bar(figure, image, grid, theme, "load (uniform share is 1)", extend="max")
     return figure
 
@@ -597,7 +614,7 @@ def load_by_class(scene: Scene, theme: Theme) -> Figure:
         every = max(1, math.ceil(len(kept) / 20))
         axes.set_yticks(range(0, len(kept), every), [str(mine[e].uid) for e in kept[::every]], size=6.5)
         axes.set_xticks(range(len(TOKEN_CLASSES)), TOKEN_CLASSES, rotation=60, ha="right", size=6.5)
-    figure.supylabel("expert (uid)", color=theme.muted, size=9)
+    name_axes(grid, theme, "", "expert (uid)")
     color_bar(figure, image, grid, theme, "log2 of its share over the layer's", extend="both")
     return figure
 
@@ -676,17 +693,22 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
     if len(over_time.steps_T) < 2:
         raise NothingToDraw("one snapshot is no path; keys drift over several")
     layers, note = some_layers(over_time.layers)
-    notes = [f"PCA of keys on {len(names)} random directions, per layer", over_time.sampled, note]
+    turns = min(len(over_time.steps_T), MOST_TURNS)
+    sampled = "" if turns == over_time.of else f"{turns} of {over_time.of} snapshots, evenly spread"
+    notes = [f"PCA of keys on {len(names)} random directions, per layer", sampled, note]
     figure, grid = panels(scene, theme, layers, "How keys drift", notes)
-    steps_T = over_time.steps_T
+    # A path needs no more points than can be seen.
+    seen_T = spread_over(range(len(over_time.steps_T)), MOST_TURNS)
+    steps_T = over_time.steps_T[seen_T]
     wanted = []
     still = True
     for axes, layer in zip(grid, layers, strict=True):
         place_E = over_time.of_layer(layer)
-        keys_TED = np.stack([over_time[name][:, place_E] for name in names], axis=2).astype(np.float64)
+        keys_TED = np.stack([over_time[name][seen_T][:, place_E] for name in names], axis=2).astype(np.float64)
         known_TE = np.isfinite(keys_TED).all(2)
-        axes_D2 = principal_axes(keys_TED[known_TE])
-        flat_TE2 = keys_TED @ axes_D2
+        flat_TE2, factor = magnified(keys_TED @ principal_axes(keys_TED[known_TE]))
+        if factor > 1:
+            axes.set_title(f"{axes.get_title(loc='left')}, paths ×{factor}", loc="left", color=theme.ink, size=9.5)
         moved = []
         segments, ages = [], []
         for expert in range(len(place_E)):
@@ -703,11 +725,11 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
         share = (np.array(ages) - steps_T[0]) / max(1, steps_T[-1] - steps_T[0]) if ages else np.empty(0)
         if len(segments):
             rgba[:, 3] = 0.15 + 0.75 * share
-            axes.add_collection(LineCollection(segments, colors=rgba, linewidths=0.9, rasterized=len(segments) > 5000))
+            axes.add_collection(LineCollection(segments, colors=rgba, linewidths=1.1, rasterized=len(segments) > 5000))
         for alive, mark, color in ((True, "o", theme.high), (False, "x", theme.muted)):
-            ends = np.array([end for _, _, living, end in moved if living is alive or bool(living) == alive])
+            ends = np.array([end for _, _, living, end in moved if living == alive])
             if len(ends):
-                axes.scatter(*ends.T, s=10 if len(moved) > 40 else 20, marker=mark, c=color, linewidths=0.8)
+                axes.scatter(*ends.T, s=6 if len(moved) > 40 else 14, marker=mark, c=color, linewidths=0.8, zorder=3)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
@@ -726,6 +748,25 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
     return figure
 
 
+def magnified(path_TE2: Array) -> tuple[Array, int]:
+    """Paths drawn larger around their own starts, where they are too short to be seen, and by which factor.
+
+    The factor, one of 1, 2, 5, 10, ..., 100, brings the median path to at most a twelfth of the picture.
+    """
+    known_TE = np.isfinite(path_TE2).all(2)
+    with_path_E = known_TE.sum(0) > 1
+    if not with_path_E.any():
+        return path_TE2, 1
+    first_E = known_TE.argmax(0)
+    start_E2 = path_TE2[first_E, np.arange(path_TE2.shape[1])]
+    away_TE2 = path_TE2 - start_E2
+    reach_E = np.nanmax(np.linalg.norm(away_TE2[:, with_path_E], axis=2), axis=0)
+    extent = float(np.max(np.nanmax(path_TE2, axis=(0, 1)) - np.nanmin(path_TE2, axis=(0, 1))))
+    usual = float(np.median(reach_E[reach_E > 0])) if (reach_E > 0).any() else math.inf
+    factor = max((one for one in (1, 2, 5, 10, 20, 50, 100) if one * usual <= extent / 12), default=1)
+    return start_E2 + factor * away_TE2, factor
+
+
 def phase_diagram(scene: Scene, theme: Theme) -> Figure:
     """The population's way through the plane of uneven load and interference, and where its experts are now."""
     path = [
@@ -742,8 +783,8 @@ def phase_diagram(scene: Scene, theme: Theme) -> Figure:
     colors = dict(zip(PHASES, theme.layers, strict=False))
     figure = new_figure(theme, 11, 5.4, "Phases of the population", scene, [note])
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    dress(left, theme)
-    dress(right, theme)
+    dress(left, theme, "over time, by phase")
+    dress(right, theme, "experts at the last snapshot")
     points = np.array([(gini, interference) for _, gini, interference, _ in kept])
     phases = [phase for *_, phase in kept]
     segments = np.stack([points[:-1], points[1:]], axis=1) if len(points) > 1 else np.empty((0, 2, 2))
@@ -767,9 +808,7 @@ def phase_diagram(scene: Scene, theme: Theme) -> Figure:
     left.margins(0.12)
     left.set_xlabel("unevenness of load (Gini coefficient, mean over layers)")
     left.set_ylabel("interference (mean over experts)")
-    left.set_title("over time, by phase", loc="left")
-    legend(left, theme, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
-    right.set_title("experts at the last snapshot", loc="left")
+    legend(left, theme, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, markerscale=2)
     right.set_xlabel("load (uniform share is 1)")
     right.set_ylabel("interference")
     try:
@@ -801,10 +840,10 @@ def forgetting(scene: Scene, theme: Theme) -> Figure:
         raise NothingToDraw("the records hold neither evaluations (--eval-steps) nor credited losses over time")
     figure = new_figure(theme, 11, 4.8, "Forgetting", scene, [over_time.sampled])
     left, right = figure.subplots(1, 2)
+    dress(left, theme, "held-out texts: loss above the best so far")
+    dress(right, theme, "experts: credited loss above its lowest so far")
     for axes in (left, right):
-        dress(axes, theme)
         step_axis(axes)
-    left.set_title("held-out texts: loss above the best so far", loc="left")
     left.set_ylabel("nats per token")
     for curve, color in zip(curves, theme.layers * (1 + len(curves) // len(theme.layers)), strict=False):
         kept = spread_over(range(len(curve.steps)), MOST_POINTS)
@@ -814,7 +853,6 @@ def forgetting(scene: Scene, theme: Theme) -> Figure:
         legend(left, theme, loc="upper left")
     else:
         left.text(0.5, 0.5, "no evaluations while training", transform=left.transAxes, ha="center", color=theme.muted)
-    right.set_title("experts: credited loss above its lowest so far", loc="left")
     if credited:
         lost_TE = forgotten_by_expert(over_time)
         known_T = np.isfinite(lost_TE).any(1)
@@ -839,6 +877,8 @@ def forgetting(scene: Scene, theme: Theme) -> Figure:
         legend(right, theme, loc="upper left")
     else:
         right.text(0.5, 0.5, "no credited losses", transform=right.transAxes, ha="center", color=theme.muted)
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
     return figure
 
 
