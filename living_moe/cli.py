@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, ternarize, export, inspect, lineage, experts, train, quickstart, card."""
+"""The `living-moe` command: convert, ternarize, export, inspect, lineage, pictures, experts, train, quickstart, card."""
 
 from __future__ import annotations
 
@@ -120,6 +120,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--record", action="store_true", help="save the checkpoint anew with the ten best experts in its model card"
     )
     experts.set_defaults(run=run_experts)
+
+    pictures = commands.add_parser("pictures", help="draw a run from its own records, finished, running or crashed")
+    pictures.add_argument(
+        "directory", metavar="RUN", type=Path, help="a run's directory (its --output-dir), or a checkpoint's"
+    )
+    pictures.add_argument("--out", type=Path, help="directory for the pictures (default: RUN/pictures)")
+    pictures.add_argument("--theme", choices=("light", "dark", "both"), default="light", help="default %(default)s")
+    pictures.add_argument("--format", choices=("png", "svg"), default="png", help="default %(default)s")
+    pictures.add_argument(
+        "--text",
+        type=Path,
+        help="text file that the run's newest checkpoint reads, for what experts read and contribute",
+    )
+    pictures.set_defaults(run=run_pictures)
 
     card = commands.add_parser("card", help="print the model card of a living checkpoint")
     card.add_argument("checkpoint", type=Path)
@@ -243,6 +257,19 @@ def run_experts(arguments: argparse.Namespace) -> None:
         leave_out=not arguments.no_leave_out,
         markdown=arguments.markdown,
         record=arguments.record,
+    )
+
+
+def run_pictures(arguments: argparse.Namespace) -> None:
+    from living_moe.experts import show_pictures
+
+    show_pictures(
+        arguments.directory,
+        Console(),
+        out=arguments.out,
+        theme=arguments.theme,
+        kind=arguments.format,
+        text=arguments.text,
     )
 
 

@@ -1,7 +1,8 @@
-"""`living-moe experts`: what a checkpoint's experts are worth on a text, in the terminal, in a file, in its card."""
+"""`living-moe experts` and `living-moe pictures`: what experts are worth on a text, and a run's life in pictures."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from living_moe.configuration.errors import ConfigurationError, TrainingError
 from living_moe.conversion.export import load_living
-from living_moe.training.data import read_blocks
+from living_moe.modeling_living_moe import LivingMoeForCausalLM
+from living_moe.training.data import TokenBlocks, read_blocks
 from living_moe.training.observatory.leaderboard import (
     card_leaderboard,
     describe_agreement,
@@ -19,6 +21,10 @@ from living_moe.training.observatory.leaderboard import (
     what_it_reads,
 )
 from living_moe.training.observatory.performance import Performance, measure
+from living_moe.training.observatory.pictures import DARK, LIGHT, PICTURES, THEMES, Scene, draw_pictures
+from living_moe.training.observatory.records import read_run
+
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def show_experts(
@@ -52,12 +58,7 @@ def show_experts(
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
     if record and not Path(source).is_dir():
         raise ConfigurationError(f"{source} is no directory; --record writes to a checkpoint on disk.")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot read a tokenizer from {source}: {error}") from error
-    blocks = read_blocks([str(text)], tokenizer, block_size)
-    model = load_living(source)
+    model, tokenizer, blocks = _prepare(source, text, block_size)
     found = measure(
         model, blocks, tokenizer=tokenizer, batch_size=batch_size, max_blocks=max_blocks, leave_out=leave_out
     )
@@ -77,3 +78,73 @@ def show_experts(
         model.save_pretrained(source)
         console.print(f"{source} saved with the leaderboard in its model card")
     return found
+
+
+def _prepare(
+    source: str, text: Path, block_size: int
+) -> tuple[LivingMoeForCausalLM, PreTrainedTokenizerBase, TokenBlocks]:
+    """A checkpoint, its tokenizer, and a text in blocks."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read a tokenizer from {source}: {error}") from error
+    blocks = read_blocks([str(text)], tokenizer, block_size)
+    return load_living(source), tokenizer, blocks
+
+
+def show_pictures(
+    path: Path,
+    console: Console,
+    *,
+    out: Path | None = None,
+    theme: str = "light",
+    kind: str = "png",
+    text: Path | None = None,
+    block_size: int = 128,
+) -> list[Path]:
+    """Draw a run, and say what was written, what could not be, and what its records lack.
+
+    Args:
+        path: A run's directory, or a checkpoint's.
+        out: Directory for the pictures; None is `pictures` in the run's.
+        theme: "light", "dark" or "both".
+        kind: "png" or "svg".
+        text: Read by the run's newest checkpoint; how much its experts matter is told from one gradient.
+
+    Raises:
+        RecordsError: No run has written there.
+        TrainingError: The run has no checkpoint that could read `text`, or that cannot be read.
+    """
+    run = read_run(path)
+    performance = None
+    if text is not None:
+        model, tokenizer, blocks = _prepare(str(newest_model(path)), text, block_size)
+        performance = measure(model, blocks, tokenizer=tokenizer, leave_out=False)
+    themes = [LIGHT, DARK] if theme == "both" else [THEMES[theme]]
+    written, missing = draw_pictures(
+        Scene(run, performance), out or path / "pictures", themes=themes, kind=kind, names=tuple(PICTURES)
+    )
+    for file in written:
+        console.print(str(file), soft_wrap=True)
+    for name, reason in missing.items():
+        console.print(f"no {name}: {reason}", soft_wrap=True)
+    for note in run.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    return written
+
+
+def newest_model(path: Path) -> Path:
+    """The checkpoint of a run that trained longest: `final`, else the highest `checkpoint-N`; or the path itself.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    numbered = [
+        (int(found[1]), place) for place in path.glob("checkpoint-*") if (found := _NUMBERED.fullmatch(place.name))
+    ]
+    for place in (path, path / "final", *(place for _, place in sorted(numbered, reverse=True))):
+        if (place / "config.json").is_file():
+            return place
+    raise TrainingError(
+        f"{path} has no checkpoint yet (final or checkpoint-N) that could read a text; leave --text out."
+    )

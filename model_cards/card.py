@@ -73,10 +73,10 @@ class LeaderboardRow(TypedDict):
     uid: int
     #: Multiples of the uniform share of its layer's tokens.
     load: float
-    #: Loss without the expert less the loss with it; None where it was estimated only.
+    #: Loss without the expert less the loss with it; None where only its sensitivity is known.
     contribution: float | None
-    #: The first-order estimate of the contribution.
-    first_order: float
+    #: Sum over tokens of the magnitude of the loss's derivative by the expert's weight in the sum.
+    sensitivity: float
     #: Divergence of the classes of tokens it reads from those its layer reads, nats.
     specialisation: float
     #: The class that it reads more than its layer does; None where there is none.

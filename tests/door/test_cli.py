@@ -5,6 +5,7 @@ from pathlib import Path
 import factories
 import pytest
 import torch
+from records_of_runs import write_run
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -112,5 +113,78 @@ def test_the_quickstart_tells_the_whole_story_in_small(tmp_path: Path):
     rows = quickstart(tmp_path / "run", sizes=sizes)
     assert rows["plain"].first_before == rows["living"].first_before
     assert sum(rows["living"].experts) > 8
-    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"population.png", "population.html"}
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} >= {
+        "lineage.png",
+        "timeline.png",
+        "expert-map.png",
+        "population.html",
+    }
     assert "perplexity" in (tmp_path / "run" / "living-trained" / "README.md").read_text(encoding="utf-8").lower()
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A run's directory with a small checkpoint in `final`, its tokenizer and a text."""
+    living_moe.convert(factories.source_model("mixtral"), tmp_path / "run" / "final", preset="grow")
+    words = {f"w{number}": number for number in range(60)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "run" / "final")
+    ids = factories.token_ids(1, 200, high=60)[0]
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number}" for number in ids.tolist()))
+    write_run(tmp_path / "run", layers=2, experts=8, snapshots=5)
+    return tmp_path / "run"
+
+
+def test_experts_prints_the_leaderboard_and_records_it_in_the_card(measured: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    final, text = str(measured / "final"), str(tmp_path / "text.txt")
+    before = factories.logits(AutoModelForCausalLM.from_pretrained(final), torch.arange(12).view(1, 12))
+    arguments = ["experts", final, "--text", text, "--block-size", "16", "--top", "3", "--record"]
+    assert main([*arguments, "--markdown", str(tmp_path / "board.md")]) == 0
+    out = capsys.readouterr().out
+    assert "The 3 most valuable of 16 experts" in out and "What they read" in out
+    assert "all layers (16 experts): rank correlation with leave-one-out: first order" in out
+    assert (tmp_path / "board.md").read_text().count("| frozen |") + (tmp_path / "board.md").read_text().count(
+        "| trains |"
+    ) == 16
+    assert "The 10 most valuable of 16 experts" in (measured / "final" / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(final)
+    assert len(loaded.config.provenance["leaderboard"]["rows"]) == 10
+    assert torch.equal(factories.logits(loaded, torch.arange(12).view(1, 12)), before)
+    assert main(["card", final]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--top", "0"], "top is 0; give a number of at least 1"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--block-size", "5000"], "less than one block"),
+    ],
+)
+def test_experts_says_what_is_wrong(more: list[str], message: str, measured: Path, tmp_path: Path, capsys):
+    assert main(["experts", str(measured / "final"), "--text", str(tmp_path / "text.txt"), *more]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_draws_what_there_is_and_says_what_is_missing(measured: Path, tmp_path: Path, capsys, monkeypatch):
+    drawn = ("timeline", "load-by-class")
+    monkeypatch.setattr("living_moe.experts.PICTURES", drawn)
+    assert main(["pictures", str(measured), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["timeline.png"]
+    assert "no load-by-class: what experts read is not in a run's records" in out
+    arguments = ["pictures", str(measured), "--text", str(tmp_path / "text.txt"), "--theme", "both", "--format", "svg"]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in (measured / "pictures").iterdir()) == [
+        "load-by-class-dark.svg", "load-by-class.svg", "timeline-dark.svg", "timeline.svg",
+    ]  # fmt: skip
+    assert main(["pictures", str(tmp_path / "nowhere")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_pictures_need_a_checkpoint_to_read_a_text(tmp_path: Path, capsys):
+    write_run(tmp_path / "run", layers=1, experts=4, snapshots=3)
+    assert main(["pictures", str(tmp_path / "run"), "--text", "text.txt"]) == 1
+    assert "has no checkpoint yet" in capsys.readouterr().err

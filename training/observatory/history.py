@@ -14,6 +14,8 @@ from living_moe.training.collapse import DEAD_LOAD
 from living_moe.training.observatory.records import Run
 from living_moe.training.observatory.vitals_log import Array
 
+#: Measurements are recorded to about this share of their value (vitals_log.py): smaller changes of a loss are unknown.
+ROUNDING = 2 ** (1 / 32) - 1
 #: Snapshots that tracks keep, so that a long run fits in memory and in a picture.
 MOST_SNAPSHOTS = 400
 
@@ -134,11 +136,15 @@ def resilience(run: Run, *, most: int = MOST_SNAPSHOTS) -> dict[tuple[int, int],
 def forgotten_by_expert(over_time: Tracks) -> Array:
     """The credited loss of each expert's tokens less its lowest so far, fp64 (T, E), nats; NaN where not measured.
 
-    Of the slow averages (`loss_slow`): the fast ones are of few tokens each, and their lowest is luck.
+    Of the slow averages (`loss_slow`): the fast ones are of few tokens each, and their lowest is luck. What is within
+    the rounding of the records counts as 0.
     """
     # 0 is what an average holds before its first measurement.
     loss_TE = np.where(over_time["loss_slow"] > 0, over_time["loss_slow"], np.nan).astype(np.float64)
-    return loss_TE - np.fmin.accumulate(loss_TE, axis=0) if len(loss_TE) else loss_TE
+    if not len(loss_TE):
+        return loss_TE
+    lost_TE: Array = loss_TE - np.fmin.accumulate(loss_TE, axis=0)
+    return np.where(lost_TE <= 1.5 * ROUNDING * loss_TE, 0.0 * lost_TE, lost_TE)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def cells(row: ExpertRow) -> dict[str, str]:
         "contribution": _signed(row.contribution),
         "±": "" if row.error is None else f"{row.error:.0e}",
         "first order": _signed(row.first_order),
+        "sensitivity": f"{row.sensitivity:.2e}",
         "per GFLOP": _signed(row.per_gflop, 1),
         "per MiB": _signed(row.per_mib, 1),
         "specialised": _plain(row.specialisation),
@@ -117,15 +118,16 @@ def cells(row: ExpertRow) -> dict[str, str]:
 
 
 def describe_agreement(found: Agreement) -> str:
-    """E.g. "layer 3: rank correlation with leave-one-out 0.91 (load alone 0.40), 8 experts"."""
+    """E.g. "layer 3: rank correlation with leave-one-out: first order 0.91, sensitivity ..., load alone ..."."""
 
     def shown(value: float | None) -> str:
         return "none" if value is None else f"{value:.2f}"
 
     where = "all layers" if found.layer is None else f"layer {found.layer}"
     return (
-        f"{where}: rank correlation of the first-order estimate with leave-one-out {shown(found.first_order)} "
-        f"(load alone {shown(found.load)}), {found.experts} experts"
+        f"{where} ({found.experts} experts): rank correlation with leave-one-out: "
+        f"first order {shown(found.first_order)}, sensitivity {shown(found.sensitivity)}, "
+        f"load alone {shown(found.load)}"
     )
 
 
@@ -173,7 +175,7 @@ def card_leaderboard(performance: Performance, *, top: int = 10) -> dict[str, An
                 "uid": row.uid,
                 "load": row.load,
                 "contribution": row.contribution,
-                "first_order": row.first_order,
+                "sensitivity": row.sensitivity,
                 "specialisation": row.specialisation,
                 "reads": row.reads,
             }

@@ -9,7 +9,11 @@ text: above 0 the expert helps. Contributions do not add up: experts stand in fo
 
 **First-order estimate.** With a gate g = 1 on every term, -dL/dg summed over the tokens of an expert is what the first
 order of Taylor's series says of g going to 0 (Molchanov et al. 2019, arXiv:1906.10771). One backward pass gives it for
-all experts. It is exact for a small change of g and says less the larger the term; `agreement` compares the ranks.
+all experts. It is exact for a small change of g, and says little about removal once training has settled: to scale the
+whole term of an expert is to scale its `down_proj`, along which the loss is then flat. On a trained model its sum over
+tokens cancels (docs/experts.md has the figures), so beside it stands the **sensitivity**, the sum of the magnitudes
+|dL/dg| token by token, from the same pass (Molchanov et al. 2017, arXiv:1611.06440). It has no sign: how much an expert
+matters, not whether it helps. `agreement` compares the ranks of both, and of the load alone, with leave-one-out.
 
 **Specialisation** is what the choice of this expert tells about the class of the token it reads, in nats: the
 divergence of the classes it reads from those its whole layer reads. Its mean over a layer, weighted by tokens, is the
@@ -59,6 +63,7 @@ class Reading:
         index: Per living layer int32 (N, S, K), experts in slot order, negative where a place is not used.
         weights: Per living layer fp32 (N, S, K), routing weights.
         first_order: Per living layer fp64 (E,), the estimate of each expert's contribution, nats per scored token.
+        sensitivity: As `first_order`, of magnitudes.
     """
 
     ids_NS: Tensor
@@ -66,6 +71,7 @@ class Reading:
     index: list[Tensor]
     weights: list[Tensor]
     first_order: list[Tensor]
+    sensitivity: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class ExpertRow:
         contribution: Leave-one-out, nats per scored token of the text; above 0 it helps. None where not measured.
         error: Standard error of the contribution, blocks of text taken for independent; None with one block.
         first_order: The estimate of the contribution.
+        sensitivity: What its tokens' gates say without their signs, nats per scored token.
         per_gflop: Contribution, in nats summed over the text, per 1e9 operations the expert spent on it: two for a
             multiplication and addition, one for ternary weights, which only add. None without tokens.
         per_mib: Contribution in nats per token, per MiB of the expert's weights as they are held.
@@ -105,6 +112,7 @@ class ExpertRow:
     contribution: float | None
     error: float | None
     first_order: float
+    sensitivity: float
     per_gflop: float | None
     per_mib: float | None
     specialisation: float
@@ -113,8 +121,8 @@ class ExpertRow:
 
     @property
     def worth(self) -> float:
-        """What rows are ranked by: the measured contribution, or else the estimate."""
-        return self.first_order if self.contribution is None else self.contribution
+        """What rows are ranked by: the measured contribution, or else the sensitivity."""
+        return self.sensitivity if self.contribution is None else self.contribution
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class Agreement:
     layer: int | None
     experts: int
     first_order: float | None
+    sensitivity: float | None
     load: float | None
 
 
@@ -263,7 +272,7 @@ class _Gates:
     def __init__(self, experts: int):
         self.index: list[Tensor] = []
         self.weights: list[Tensor] = []
-        self.credit_E = torch.zeros(experts, dtype=torch.float64)
+        self.signed_E, self.magnitude_E = torch.zeros(2, experts, dtype=torch.float64)
         self.gate_TK = torch.empty(0)
 
     def __call__(self, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -275,7 +284,9 @@ class _Gates:
     def take(self, grad_TK: Tensor) -> None:
         """Credit the last pass's experts with what their gates' gradient says."""
         used_TK = self.index[-1] >= 0
-        self.credit_E.index_add_(0, self.index[-1][used_TK].long(), -grad_TK.to("cpu", torch.float64)[used_TK])
+        place, grad = self.index[-1][used_TK].long(), grad_TK.to("cpu", torch.float64)[used_TK]
+        self.signed_E.index_add_(0, place, -grad)
+        self.magnitude_E.index_add_(0, place, grad.abs())
 
 
 def read(model: LivingMoeForCausalLM, ids_NS: Tensor, *, batch_size: int = 8) -> Reading:
@@ -302,7 +313,8 @@ def read(model: LivingMoeForCausalLM, ids_NS: Tensor, *, batch_size: int = 8) ->
         loss_NS=loss_NS,
         index=[torch.cat(gate.index).view(*ids_NS.shape, -1) for gate in gates],
         weights=[torch.cat(gate.weights).view(*ids_NS.shape, -1) for gate in gates],
-        first_order=[gate.credit_E / loss_NS.numel() for gate in gates],
+        first_order=[gate.signed_E / loss_NS.numel() for gate in gates],
+        sensitivity=[gate.magnitude_E / loss_NS.numel() for gate in gates],
     )
 
 
@@ -488,6 +500,7 @@ def _rows_of(
                 contribution=contribution,
                 error=error,
                 first_order=float(reading.first_order[block.layer][number]),
+                sensitivity=float(reading.sensitivity[block.layer][number]),
                 per_gflop=per_gflop,
                 per_mib=per_mib,
                 specialisation=float(divergence_E[number]),
@@ -508,15 +521,15 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def agreement(rows: Sequence[ExpertRow]) -> list[Agreement]:
-    """How the estimate, and the load alone, rank the experts of each layer and of all, beside leave-one-out."""
+    """How the estimates, and the load alone, rank the experts of each layer and of all, beside leave-one-out."""
     measured = [row for row in rows if row.contribution is not None]
     layers: list[int | None] = [*sorted({row.layer for row in measured}), None]
     found = []
     for layer in layers:
         mine = [row for row in measured if layer in (None, row.layer)]
         truth = [row.contribution or 0.0 for row in mine]
-        by_gradient, by_load = (
-            spearman(truth, [getattr(row, name) for row in mine]) for name in ("first_order", "tokens")
+        signed, magnitude, load = (
+            spearman(truth, [getattr(row, name) for row in mine]) for name in ("first_order", "sensitivity", "load")
         )
-        found.append(Agreement(layer, len(mine), by_gradient, by_load))
+        found.append(Agreement(layer, len(mine), signed, magnitude, load))
     return found

@@ -284,13 +284,15 @@ def name_axes(grid: Sequence[Axes], theme: Theme, across: str, down: str) -> Non
             axes.set_ylabel(down, color=theme.muted, size=9)
 
 
-def label_points(figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, float, float, str]]) -> None:
-    """Write labels beside points, the first of them first, and leave out whichever would cover another."""
+def label_points(
+    figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, float, float, str]], *, on: bool = False
+) -> None:
+    """Write labels beside points (or `on` them), the first first, and leave out whichever would cover another."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where the panels are is settled
     taken: list[Any] = []
     for axes, x, y, text in wanted:
-        for shift in ((0, 7), (0, -7), (9, 0), (-9, 0)):
+        for shift in ((0, 0), (0, 9), (0, -9)) if on else ((0, 7), (0, -7), (9, 0), (-9, 0)):
             align = {0: "center"}.get(shift[0], "left" if shift[0] > 0 else "right")
             note = axes.annotate(
                 text, (x, y), xytext=shift, textcoords="offset points", size=7, color=theme.ink, ha=align, va="center"
@@ -385,7 +387,7 @@ def expert_map(scene: Scene, theme: Theme) -> Figure:
     mappable = _mappable(theme.ramp, 0.0, top)
     unit = "load (uniform share is 1)" if shown == "load" else "energy"
     color_bar(figure, mappable, grid, theme, unit, extend="max" if shown == "load" else "neither")
-    label_points(figure, theme, wanted)
+    label_points(figure, theme, wanted, on=len(now.layer_E) <= 24 * len(layers))
     return figure
 
 
@@ -823,6 +825,13 @@ def phase_diagram(scene: Scene, theme: Theme) -> Figure:
     color = [by_layer[int(layer)] for layer in now.layer_E]
     small = 14 if len(color) <= 300 else 5
     right.scatter(now["load"], now["interference"], s=small, c=color, alpha=0.8, linewidths=0)
+    # One expert with very much load must not push all others into a corner.
+    end = 1.15 * max(2.0, float(np.quantile(now["load"], 0.99)))
+    if beyond := int((now["load"] > end).sum()):
+        right.set_xlim(-0.02 * end, end)
+        right.text(
+            0.99, 0.98, f"{beyond} beyond", transform=right.transAxes, ha="right", va="top", color=theme.muted, size=8
+        )
     right.axvline(1.0, color=theme.muted, linewidth=0.8, linestyle="dotted")
     if len(layers) <= MOST_LINES:
         for layer in layers:

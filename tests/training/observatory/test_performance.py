@@ -223,10 +223,18 @@ def test_rows_say_what_experts_are_and_cost() -> None:
     assert found.leaderboard(3) == best[:3]
 
 
-def test_without_leaving_out_the_estimate_ranks() -> None:
+def test_without_leaving_out_sensitivity_ranks() -> None:
     found = measure(lived(), mixed_text(2, 12), leave_out=False)
     assert found.agreement == [] and all(row.contribution is None and row.per_mib is None for row in found.rows)
-    assert found.leaderboard(1)[0].first_order == max(row.first_order for row in found.rows)
+    assert found.leaderboard(1)[0].sensitivity == max(row.sensitivity for row in found.rows)
+
+
+def test_sensitivity_is_the_estimate_without_its_signs() -> None:
+    found = measure(lived(), token_ids(3, 8), leave_out=False)
+    assert all(row.sensitivity >= abs(row.first_order) for row in found.rows)
+    assert any(row.sensitivity > 1.5 * abs(row.first_order) for row in found.rows)
+    once = [row for row in found.rows if row.tokens == 1]
+    assert once and all(row.sensitivity == pytest.approx(abs(row.first_order)) for row in once)
 
 
 def test_an_error_is_that_of_independent_blocks() -> None:
@@ -272,21 +280,21 @@ def test_rank_correlations_follow_order_alone() -> None:
 
 SOME_ROW = ExpertRow(
     layer=0, uid=0, frozen=False, width=16, ternary=False, field=0, age=0, tokens=1, load=1.0, weight=0.5,
-    contribution=0.1, error=None, first_order=0.1, per_gflop=None, per_mib=None, specialisation=0.0, entropy=0.0,
-    reads=None,
+    contribution=0.1, error=None, first_order=0.1, sensitivity=0.1, per_gflop=None, per_mib=None,
+    specialisation=0.0, entropy=0.0, reads=None,
 )  # fmt: skip
 
 
 def test_agreement_is_told_by_layer_and_overall() -> None:
-    def row(layer: int, uid: int, contribution: float, first_order: float, tokens: int) -> ExpertRow:
-        return dataclasses.replace(SOME_ROW, layer=layer, uid=uid, contribution=contribution, first_order=first_order,
-                                   tokens=tokens)  # fmt: skip
+    def row(layer: int, uid: int, contribution: float, first_order: float, load: float) -> ExpertRow:
+        told = {"contribution": contribution, "first_order": first_order, "load": load, "sensitivity": load}
+        return dataclasses.replace(SOME_ROW, layer=layer, uid=uid, **told)
 
     rows = [row(0, uid, uid, uid**3, 10 - uid) for uid in range(4)] + [row(1, 0, 9.0, -1.0, 5)]
     found = agreement(rows)
     assert [(one.layer, one.experts) for one in found] == [(0, 4), (1, 1), (None, 5)]
     assert found[0].first_order == pytest.approx(1.0) and found[0].load == pytest.approx(-1.0)
-    assert found[1].first_order is None
+    assert found[0].sensitivity == pytest.approx(-1.0) and found[1].first_order is None
     assert found[2].first_order == pytest.approx(0.0)
 
 
