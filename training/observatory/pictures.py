@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -189,10 +190,11 @@ def new_figure(
     theme: Theme, width: float, height: float, title: str, scene: Scene, notes: Sequence[str] = ()
 ) -> Figure:
     """An empty figure, inches, with its title above and what it was made from below."""
-    figure = Figure(figsize=(width, height), facecolor=theme.paper, layout="constrained")
+    figure = Figure(figsize=(width, height), facecolor=theme.paper)
     said = textwrap.wrap("  ·  ".join([scene.caption, *(note for note in notes if note)]), int(13 * width))
     above, below = 0.5 / height, (0.22 + 0.13 * len(said)) / height
-    figure.get_layout_engine().set(rect=(0.0, below, 1.0, 1.0 - above - below), w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
+    room = (0.0, below, 1.0, 1.0 - above - below)
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=room, w_pad=0.06, h_pad=0.06))
     figure.text(0.14 / width, 1 - 0.16 / height, title, color=theme.ink, size=13, weight="bold", va="top")
     figure.text(0.14 / width, 0.1 / height, "\n".join(said), color=theme.muted, size=7.5, va="bottom")
     return figure
@@ -208,7 +210,7 @@ def dress(axes: Axes, theme: Theme, title: str = "") -> None:
     axes.tick_params(colors=theme.muted, labelsize=8, length=3)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(theme.muted)
-        label.set_size(9)
+        label.set_fontsize(9)
     axes.grid(color=theme.grid, linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -234,7 +236,7 @@ def color_bar(figure: Figure, mappable: Any, axes: Any, theme: Theme, label: str
     bar = figure.colorbar(mappable, ax=axes, **{"shrink": 0.7, "aspect": 30, "pad": 0.01, **options})
     bar.set_label(label, color=theme.muted, size=8)
     bar.ax.tick_params(colors=theme.muted, labelsize=7, length=2)
-    bar.outline.set_edgecolor(theme.grid)  # type: ignore[operator]
+    bar.outline.set_edgecolor(theme.grid)
 
 
 def layer_colors(theme: Theme, layers: Sequence[int]) -> dict[int, Any]:
@@ -370,10 +372,11 @@ def expert_map(scene: Scene, theme: Theme) -> Figure:
         order = mine[np.argsort(-size_E[mine], kind="stable")]
         rank = np.argsort(-size_E[mine], kind="stable")
         crowd = min(1.0, 24 / len(mine))
-        ring = np.where(now["frozen"][order] > 0, 1.3, 0.5)
+        ring = [1.3 if now["frozen"][one] > 0 else 0.5 for one in order]
         edges = [theme.ink if now["frozen"][one] > 0 else theme.muted for one in order]
         axes.scatter(
-            *place_E2[rank].T,
+            place_E2[rank, 0],
+            place_E2[rank, 1],
             s=14 + 420 * crowd * size_E[order] / largest,
             c=color[order],
             linewidths=ring,
@@ -483,9 +486,9 @@ def draw_lineage(lives: dict[tuple[int, int], Life], theme: Theme, scene: Scene,
         axes.add_collection(LineCollection(forks[layer], colors=[color], linewidths=0.4 + 0.4 * thin, alpha=0.7))
         dotted = LineCollection(merges[layer], colors=[color], linewidths=0.5 + 0.5 * thin, linestyles="dotted")
         axes.add_collection(dotted)
-    deaths = [(x, y) for x, y, fate in dead if fate == "death"]
-    if deaths:
-        axes.scatter(*zip(*deaths, strict=True), marker="x", s=6 + 14 * thin, c=theme.ink, linewidths=0.5 + 0.5 * thin)
+    ends = [(x, y) for x, y, fate in dead if fate == "death"]
+    size, width = 6 + 14 * thin, 0.5 + 0.5 * thin
+    axes.scatter([x for x, _ in ends], [y for _, y in ends], marker="x", s=size, c=theme.ink, linewidths=width)
     last = max(1, scene.run.last_step, *(life.died for life in lives.values()))
     axes.set_xlim(-0.01 * last, 1.01 * last)
     axes.set_ylim(len(order) + len(layers) - 1.2, -0.8)
@@ -707,7 +710,7 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
     for axes, layer in zip(grid, layers, strict=True):
         place_E = over_time.of_layer(layer)
         keys_TED = np.stack([over_time[name][seen_T][:, place_E] for name in names], axis=2).astype(np.float64)
-        known_TE = np.isfinite(keys_TED).all(2)
+        known_TE: Array = np.isfinite(keys_TED).all(2)
         flat_TE2, factor = magnified(keys_TED @ principal_axes(keys_TED[known_TE]))
         if factor > 1:
             axes.set_title(f"{axes.get_title(loc='left')}, paths ×{factor}", loc="left", color=theme.ink, size=9.5)
@@ -731,7 +734,8 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
         for alive, mark, color in ((True, "o", theme.high), (False, "x", theme.muted)):
             ends = np.array([end for _, _, living, end in moved if living == alive])
             if len(ends):
-                axes.scatter(*ends.T, s=6 if len(moved) > 40 else 14, marker=mark, c=color, linewidths=0.8, zorder=3)
+                size = 6 if len(moved) > 40 else 14
+                axes.scatter(ends[:, 0], ends[:, 1], s=size, marker=mark, c=color, linewidths=0.8, zorder=3)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
