@@ -372,6 +372,11 @@ class LivingMoeConfig(PreTrainedConfig):
                 f"synapse.postsynaptic is True but experts.ternary_tiers is {self.experts.ternary_tiers}: fast weights "
                 f"are no multiples of a ternary expert's scale. Turn one of the two off."
             )
+        if self.synapse.router and self.router.search not in ("auto", "exact"):
+            raise ConfigurationError(
+                f"synapse.router is True but router.search is {self.router.search!r}: every score drives synapses, so "
+                f"candidates will not do. Set router.search to 'exact' or 'auto', or turn synapse.router off."
+            )
         top_k = self.num_experts_per_tok or 1
         if self.escape.enabled:
             self._validate_escape(top_k)

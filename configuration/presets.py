@@ -97,6 +97,12 @@ PRESETS: dict[str, Preset] = {
             },
         ),
         Preset(
+            name="synaptic-router",
+            description="As grow, and routers have synapses: experts tire and are primed along a text, in ways that "
+            "are learned. A graft starts exact.",
+            sections={"synapse": {"router": True}},
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={

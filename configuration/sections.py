@@ -262,6 +262,8 @@ class TrainableConfig(Section):
     keys: bool = True
     #: Keys of frozen experts. `frozen-graft` turns it off: there the old addresses are protected.
     frozen_keys: bool = True
+    #: Synapses: what they share and, of the experts whose keys may train, expression vectors.
+    synapses: bool = True
 
 
 @dataclass(kw_only=True)
@@ -351,10 +353,28 @@ class PlasticityConfig(Section):
 
 @dataclass(kw_only=True)
 class SynapseConfig(Section):
-    """Synapses: experts with two timescales."""
+    """Short-term memory of a router's edges, and experts with two timescales (see synapse/).
+
+    `router`: experts tire and are primed along a text. `postsynaptic`: experts have fast weights that learn without
+    gradients.
+    """
 
     section_name: ClassVar[str] = "synapse"
 
+    #: Routers have synapses (see synapse/router.py).
+    router: bool = False
+    #: Tokens after which the state of a text's synapses advances; 1 is the exact recurrence, more is faster.
+    chunk: int = 32
+    #: Release in training: its expectation, or stochastic: whole vesicles on some edges. Else always the expectation.
+    mode: str = "expectation"
+    #: stochastic: share of the edges of a text that draw.
+    stochastic_share: float = 0.12
+    #: What scores hear of an edge that releases nothing, in units of the average release: log(epsilon).
+    epsilon: float = 0.01
+    #: First value of the learned strength; at 0 a graft is exact.
+    strength: float = 0.0
+    #: stochastic: with step and layer it determines every draw.
+    seed: int = 0
     #: Experts have fast weights that learn from what they read without gradients (see synapse/postsynaptic.py).
     postsynaptic: bool = False
     #: What fast weights are multiplied by when experts compute; at 0 they are written and never read.
@@ -382,6 +402,12 @@ class SynapseConfig(Section):
     postsynaptic_tokens: int = 64
 
     def validate(self) -> None:
+        self.require("chunk", 1 <= self.chunk <= 4096, "from 1 to 4096")
+        self.require_one_of("mode", ("expectation", "stochastic"))
+        self.require("stochastic_share", 0 < self.stochastic_share <= 1, "in (0, 1]")
+        self.require("epsilon", 1e-6 <= self.epsilon <= 1, "in [1e-6, 1]")
+        self.require("strength", abs(self.strength) <= 10, "from -10 to 10")
+        self.require("seed", self.seed >= 0, ">= 0")
         self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")
         for name in ("rank", "tokens"):
             self.require(f"postsynaptic_{name}", getattr(self, f"postsynaptic_{name}") >= 1, ">= 1")

@@ -37,6 +37,7 @@ from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LearnedTemperature
 from living_moe.modeling_living_moe.selection import selection_rule
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
+from living_moe.modeling_living_moe.synapse.router import RouterSynapse
 from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
 
@@ -265,6 +266,10 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
             device
         )
         router.selection = selection_rule(router.scoring, living.config.router).to(device)
+        if router.synapse is not None:
+            settings, dtype = living.config.synapse, next(router.parameters()).dtype
+            synapse = RouterSynapse(settings, router.scoring, capacities, block.layer)
+            router.synapse = synapse.to(device, dtype).train(router.training)
         if block.plasticity is not None:
             block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)
         if block.escape is not None:

@@ -33,7 +33,7 @@ def parameter_counts(model: LivingMoePreTrainedModel) -> ParameterCounts:
             experts = model.living_block(slot.layer).population.alive.get(slot.slab, 0)
             size = experts * (size // parameter.shape[0])
             total += size
-            active += size if slot.role == "key" else 0
+            active += size if slot.role in ("key", "expression") else 0
         trainable += size if parameter.requires_grad else 0
     for block in model.living_blocks:
         # With experts of several widths, of the mean one.

@@ -35,6 +35,8 @@ from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import Keys, LearnedTemperature, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
+from living_moe.modeling_living_moe.synapse.presynaptic import Presynapse
+from living_moe.modeling_living_moe.synapse.router import Expression, RouterSynapse
 from living_moe.modeling_living_moe.ternary import PackedTernary
 from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
@@ -124,9 +126,9 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, Escape, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend, PackedTernary,
-    PoincareBall, PoincareMap, Population, Postsynapse, ReceptiveFields, RowTable, StagnationDetector, TopAny, UpMaps,
-    Vitals,
+    DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend,
+    PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields, RouterSynapse,
+    RowTable, StagnationDetector, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

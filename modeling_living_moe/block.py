@@ -38,6 +38,7 @@ from living_moe.modeling_living_moe.receptive_field import FieldGate
 from living_moe.modeling_living_moe.router import LivingRouter
 from living_moe.modeling_living_moe.signals import TokenSample, interference
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
+from living_moe.modeling_living_moe.synapse.router import Passage
 from living_moe.modeling_living_moe.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ForwardContext:
         follows: Bool (B, S), whether the next token goes on with the text of this one; None when it always does.
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
         all_logits: Whether somebody reads the routers' logits.
+        passage: The texts of this pass, for synapses; None where there are none.
         choices: Living layer -> per field (clade logits (T, N), chosen clades (T, K)).
     """
 
@@ -72,6 +74,7 @@ class ForwardContext:
     follows: Tensor | None = None
     keep_choices: bool = False
     all_logits: bool = True
+    passage: Passage | None = None
     choices: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, **_: object) -> ForwardContext:
@@ -79,12 +82,13 @@ class ForwardContext:
         gate = None if self.gate is None else self.gate.to(device)
         mask = None if self.token_mask is None else self.token_mask.to(device)
         follows = None if self.follows is None else self.follows.to(device)
-        return dataclasses.replace(self, gate=gate, token_mask=mask, follows=follows)
+        passage = None if self.passage is None else self.passage.to(device)
+        return dataclasses.replace(self, gate=gate, token_mask=mask, follows=follows, passage=passage)
 
 
 @dataclass(frozen=True)
 class SlotParameter:
-    """A parameter whose dimension 0 is the slots of a slab. `role`: gate_up_proj | down_proj | key."""
+    """A parameter whose dimension 0 is the slots of a slab. `role`: gate_up_proj | down_proj | key | expression."""
 
     layer: int
     slab: str
@@ -130,7 +134,7 @@ class LivingMoeBlock(nn.Module):
         self.layer = layer
         self.has_fields = has_fields
         self.jitter_noise = family.jitter_noise(config)
-        self.router = LivingRouter(scoring, capacities, hidden, router, trainable)
+        self.router = LivingRouter(scoring, capacities, hidden, router, trainable, synapse, layer, num_tombstones)
         experts, synapse = experts or ExpertsConfig(), synapse or SynapseConfig()
         self.experts = ExpertPool(
             config,
@@ -175,6 +179,8 @@ class LivingMoeBlock(nn.Module):
         if context.gate is not None and (self.training or context.gate.any_open()):
             field_T, fields = context.gate.index.to(hidden_TH.device).reshape(-1), context.gate.present
         choices: dict[int, tuple[Tensor, Tensor]] | None = {} if context.keep_choices and not in_backward() else None
+        passage = context.passage
+        record = passage is not None and passage.record and not in_backward()
         _, weights_TK, index_TK = self.router(
             hidden_TH,
             self.population,
@@ -183,6 +189,8 @@ class LivingMoeBlock(nn.Module):
             choices,
             all_logits=context.all_logits,
             may_search=not self.has_fields,
+            passage=passage,
+            record=record,
         )
         if choices is not None:
             context.choices[self.layer] = choices
@@ -263,7 +271,7 @@ class LivingMoeBlock(nn.Module):
     # -- what surgery and optimizers address -----------------------------------------------------------------------
 
     def slot_parameters(self) -> Iterator[SlotParameter]:
-        """Every parameter with one row per slot, in slab order; of packed experts there is none but their keys."""
+        """Every parameter with one row per slot, in slab order; of packed experts only what the router has."""
         for name in SLABS:
             if name in self.population.slabs:
                 if not self.experts.is_packed(name):
@@ -271,6 +279,8 @@ class LivingMoeBlock(nn.Module):
                     yield SlotParameter(self.layer, name, "gate_up_proj", slab.gate_up_proj)
                     yield SlotParameter(self.layer, name, "down_proj", slab.down_proj)
                 yield SlotParameter(self.layer, name, "key", self.router.keys[name])
+                if self.router.synapse is not None:
+                    yield SlotParameter(self.layer, name, "expression", self.router.synapse.expression[name])
 
     def capacities(self) -> dict[str, int]:
         return {name: self.population.capacity(name) for name in self.population.slabs}

@@ -30,6 +30,7 @@ from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, 
 from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
 from living_moe.modeling_living_moe.population import NOBODY, IdentityTable, Population
 from living_moe.modeling_living_moe.synapse.postsynaptic import ROW_TENSORS
+from living_moe.modeling_living_moe.synapse.presynaptic import MOLECULES
 from living_moe.modeling_living_moe.vitals import VitalsTable
 
 CARD_NAME = "README.md"
@@ -237,9 +238,10 @@ class CheckpointMixin:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             slot = slots.get(id(parameter))
             if slot is not None:
-                is_key = slot.role == "key"
                 frozen = is_frozen(slot.slab)
-                trainable = (choices.frozen_keys if frozen else choices.keys) if is_key else not frozen
+                keys = choices.frozen_keys if frozen else choices.keys
+                expression = choices.synapses and (choices.frozen_keys or not frozen)
+                trainable = {"key": keys, "expression": expression}.get(slot.role, not frozen)
             else:
                 concern = next((c for part, c in _CONCERNS if part in f".{name}"), "mlps")
                 trainable = concern is None or getattr(choices, concern)
@@ -257,6 +259,7 @@ _CONCERNS: tuple[tuple[str, str | None], ...] = (
     (".escape.", None),
     (".router.query.", "query_networks"),
     (".router.learned_temperature.", "query_networks"),
+    (".router.synapse.", "synapses"),
     (".embed_tokens.", "embeddings"),
     (".lm_head.", "head"),
     (".self_attn.", "attention"),
@@ -274,7 +277,8 @@ _PACKED = ("gate_up_packed", "gate_up_scale", "down_packed", "down_scale")
 
 
 def _row_names(slab: str) -> list[str]:
-    names = [f"experts.{slab}.{name}" for name in (*_FLOAT, *_PACKED)] + [f"router.keys.{slab}"]
+    names = [f"experts.{slab}.{name}" for name in (*_FLOAT, *_PACKED)]
+    names += [f"router.keys.{slab}", f"router.synapse.expression.{slab}"]
     names += [f"population.{slab}.{column}" for column in IdentityTable.columns]
     names += [f"vitals.{slab}.{column}" for column in VitalsTable.columns]
     names += [f"plasticity.{slab}.{column}" for column in (*PlasticityTable.columns, "start")]
@@ -315,6 +319,8 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
                 if owner is not None:
                     del owner._modules[slab]
             del block.router.keys[slab]
+            if block.router.synapse is not None:
+                del block.router.synapse.expression[slab]
         if wanted:
             module = block.experts.new_slab(slab, wanted).to(device, dtype)
             module.train(block.training)
@@ -327,6 +333,14 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
                 block.postsynaptic.add_module(slab, block.postsynaptic.new_table(slab, wanted).to(device))
             keys = block.router.new_keys(slab, wanted)
             block.router.keys[slab] = nn.Parameter(keys.detach().to(device, dtype), requires_grad=keys.requires_grad)
+            if block.router.synapse is not None:
+                vectors = torch.zeros(wanted, len(MOLECULES), device=device, dtype=dtype)
+                trains = block.router.trains(slab, "expression")
+                block.router.synapse.expression[slab] = nn.Parameter(vectors, requires_grad=trains)
+    if block.router.synapse is not None:
+        tensor = state_dict.get(f"{prefix}router.synapse.tombstone_expression")
+        if tensor is not None and tensor.shape != block.router.synapse.tombstone_expression.shape:
+            block.router.synapse.tombstone_expression = torch.zeros_like(tensor, device=device)
     for name in _TABLES:
         tensor = state_dict.get(f"{prefix}population.{name}")
         if tensor is not None and tensor.shape != getattr(block.population, name).shape:

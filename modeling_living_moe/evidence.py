@@ -76,8 +76,7 @@ def remember(cache: Cache, evidence: Tensor) -> None:
 
 
 def _evidence_layer(cache: Cache) -> EvidenceLayer | None:
-    last = cache.layers[-1] if cache.layers else None
-    return last if isinstance(last, EvidenceLayer) else None
+    return next((layer for layer in reversed(cache.layers) if isinstance(layer, EvidenceLayer)), None)
 
 
 __all__ = ["EvidenceLayer", "evidence_history", "linear_recurrence", "remember"]

@@ -42,6 +42,8 @@ from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveF
 from living_moe.modeling_living_moe.router import load_balancing_loss
 from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
 from living_moe.modeling_living_moe.synapse.postsynaptic_api import PostsynapticMixin
+from living_moe.modeling_living_moe.synapse.router import Passage
+from living_moe.modeling_living_moe.synapse.texts import kept_of, read_texts, remember_texts, synapse_layer
 from living_moe.modeling_living_moe.ternary_api import TernaryMixin
 from living_moe.modeling_living_moe.trend import LossTrend
 
@@ -168,6 +170,9 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             context = self.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
             wanted = kwargs.get("output_router_logits")
             context.all_logits = bool(self.config.output_router_logits if wanted is None else wanted)
+        if context.passage is not None:
+            caches = self.config.use_cache if use_cache is None else use_cache
+            context.passage.record = bool(caches) or past_key_values is not None
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
@@ -189,6 +194,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             raise
         if context.gate is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, context.gate.evidence)
+        if context.passage is not None:
+            self._remember_synapses(outputs.past_key_values, context.passage)
         if context.plastic and not self.training:
             self.consolidate_keys()
         if context.learns and not self.training:
@@ -212,7 +219,8 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             history = evidence_history(past_key_values)
         plastic, learns = self._keys_move(), self._experts_learn()
         past = 0 if history is None else history.shape[1]
-        if history is None and (plastic or learns) and past_key_values is not None:
+        synaptic = self.config.synapse.router
+        if history is None and (plastic or learns or synaptic) and past_key_values is not None:
             past = int(past_key_values.get_seq_length())
         mask = real_tokens(attention_mask, given.shape[1], past)
         gate: FieldGate | None = None
@@ -234,7 +242,32 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             phi_sample=self._token_sample(given, mask, vitals.phi_every, vitals.phi_tokens),
             learns=learns,
             follows=going_on(position_ids) if learns else None,
+            passage=self._passage(given, mask, position_ids, past_key_values) if synaptic else None,
         )
+
+    def _passage(
+        self, given: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Passage:
+        """The texts of a pass, and what the cache knows of their synapses."""
+        history = synapse_layer(cache)
+        shape = (given.shape[0], given.shape[1])
+        texts = read_texts(shape, self.config.synapse.chunk, given.device, mask, position_ids, history)
+        passage = Passage(texts, step=self.steps_lived if self.training else 0)
+        if history is not None:
+            sizes = [block.population.num_addresses for block in self.living_blocks]
+            passage.take_up(kept_of(history), history.state, sizes)
+        return passage
+
+    def _remember_synapses(self, cache: Cache | None, passage: Passage) -> None:
+        """Leave what a pass recorded in the cache."""
+        layers = sorted(passage.traces)
+        if cache is not None and layers:
+            device = passage.traces[layers[0]][0].device
+            kept, states = (
+                torch.cat([passage.traces[layer][part].to(device) for layer in layers], dim=-1) for part in (0, 1)
+            )
+            remember_texts(cache, passage.texts, kept, states, self.config.synapse.chunk)
+        passage.traces.clear()
 
     def _token_sample(self, given: Tensor, mask: Tensor | None, every: int, most: int) -> TokenSample | None:
         """The (at most) `most` tokens that are measured, in passes of every `every`-th optimizer step."""
@@ -345,11 +378,16 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         self.model.calibrate(token_ids)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers'. It packs many texts into a row, where receptive fields cannot tell whose evidence is whose.
+        """As Transformers'. It packs many texts into a row, where receptive fields and synapses cannot tell them apart.
 
         Raises:
-            ConfigurationError: The model has receptive fields.
+            ConfigurationError: The model has receptive fields or synapses.
         """
+        if self.config.synapse.router:
+            raise ConfigurationError(
+                "synapse.router is True: continuous batching keeps no synapses per request, so experts would tire by "
+                "the texts of others; use `generate`, which takes batches too."
+            )
         if self.model.fields is not None:
             raise ConfigurationError(
                 "receptive_field.enabled is True: continuous batching keeps no evidence per request, so fields would "

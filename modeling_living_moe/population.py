@@ -202,6 +202,8 @@ class View:
     trees: Trees
     address_Q: Tensor
     server_Q: Tensor
+    #: Cell that each address's clade has here; N where it has none.
+    column_A: Tensor
 
 
 @dataclass(frozen=True)
@@ -402,6 +404,11 @@ class Population(KeepsDtype):
         ]
         return living + left
 
+    @property
+    def num_addresses(self) -> int:
+        """A: of the alive and of tombstones."""
+        return len(self.members) + len(self.tombstones)
+
     def fields(self) -> Tensor:
         """Field of every alive expert in slot order, int64 (E,)."""
         return torch.cat([self.table(slab).field[:count] for slab, count in self.alive.items()])
@@ -573,6 +580,7 @@ class Population(KeepsDtype):
         server_Q = [0 if address is None else max(address.server, 0) for address in owner_Q]
 
         first = [cell[0] for cell in cells]
+        clades = {address.clade: column for column, address in enumerate(first)}
         index = [address.index for address in first]
         server = [max(address.server, 0) for address in first]
         return View(
@@ -587,6 +595,7 @@ class Population(KeepsDtype):
             trees=Trees(trees.facet_Q.to(device), trees.next_Q2.to(device), trees.depth),
             address_Q=torch.tensor(address_Q, dtype=torch.int64, device=device),
             server_Q=torch.tensor(server_Q, dtype=torch.int64, device=device),
+            column_A=torch.tensor([clades.get(a.clade, len(cells)) for a in self.addresses], device=device),
         )
 
     # -- facets ----------------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from living_moe.configuration.errors import ConfigurationError
-from living_moe.configuration.sections import RouterConfig, TrainableConfig
+from living_moe.configuration.sections import RouterConfig, SynapseConfig, TrainableConfig
 from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.families import Scoring
 from living_moe.modeling_living_moe.key_search import KeyStoreSearch
 from living_moe.modeling_living_moe.population import AddressBook, KeepsDtype, Population, View, sort_slabs
 from living_moe.modeling_living_moe.query import query_network
 from living_moe.modeling_living_moe.selection import UNUSED, selection_rule
+from living_moe.modeling_living_moe.synapse.router import Passage, RouterSynapse
 
 #: A learned temperature stays within this factor of where it started.
 TEMPERATURE_RANGE = 16.0
@@ -94,7 +95,10 @@ class LivingRouter(nn.Module):
         capacities: Slots per slab.
         hidden_size: H.
         settings: Query network, similarity, selection, search.
-        trainable: Which keys take gradients.
+        trainable: Which keys and expression vectors take gradients.
+        synapse: Short-term memory of the router's edges; None is without.
+        layer: Number of the living layer, for what the synapse draws.
+        num_tombstones: D, of a synapse's own table.
     """
 
     def __init__(
@@ -104,6 +108,9 @@ class LivingRouter(nn.Module):
         hidden_size: int,
         settings: RouterConfig | None = None,
         trainable: TrainableConfig | None = None,
+        synapse: SynapseConfig | None = None,
+        layer: int = 0,
+        num_tombstones: int = 0,
     ):
         super().__init__()
         settings, trainable = settings or RouterConfig(), trainable or TrainableConfig()
@@ -116,6 +123,14 @@ class LivingRouter(nn.Module):
         self.learned_temperature = LearnedTemperature(settings.temperature) if settings.learn_temperature else None
         self.balances = settings.bias_update_rate > 0
         self.trainable_keys = {slab: trainable.frozen_keys if is_frozen(slab) else trainable.keys for slab in SLABS}
+        self.trainable_expression = {
+            slab: trainable.synapses and (trainable.frozen_keys or not is_frozen(slab)) for slab in SLABS
+        }
+        self.synapse = (
+            RouterSynapse(synapse, scoring, capacities, layer, num_tombstones)
+            if synapse is not None and synapse.router
+            else None
+        )
         self.query = query_network(settings, hidden_size)
         self.selection = selection_rule(scoring, settings)
         self.search = self._search(settings)
@@ -127,6 +142,7 @@ class LivingRouter(nn.Module):
     def _search(self, settings: RouterConfig) -> KeyStoreSearch | None:
         """The search of a router that can do with candidates; None compares every key."""
         reason = self.selection.needs_all() or ("balancing biases" if self.balances else None)
+        reason = reason or ("synapses, which every score drives" if self.synapse is not None else None)
         if reason is None:
             return None if settings.search == "exact" else KeyStoreSearch(settings)
         if settings.search not in ("auto", "exact"):
@@ -138,6 +154,10 @@ class LivingRouter(nn.Module):
 
     def new_keys(self, slab: str, capacity: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(capacity, self.d_key), requires_grad=self.trainable_keys[slab])
+
+    def trains(self, slab: str, role: str) -> bool:
+        """Whether a slab's keys, or expression vectors, take gradients."""
+        return (self.trainable_keys if role == "key" else self.trainable_expression)[slab]
 
     def queries(self, hidden_TH: Tensor) -> Tensor:
         """(T, H) -> (T, D), in fp32 where the family compares in fp32."""
@@ -173,6 +193,8 @@ class LivingRouter(nn.Module):
         choices: dict[int, tuple[Tensor, Tensor]] | None = None,
         all_logits: bool = True,
         may_search: bool = True,
+        passage: Passage | None = None,
+        record: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send each token to its experts.
 
@@ -185,10 +207,13 @@ class LivingRouter(nn.Module):
             all_logits: Whether somebody reads the logits, so that a search for candidates will not do, and all of them
                 need their gradient.
             may_search: Whether a search may serve this layer.
+            passage: For a synapse: the texts of this pass; None is one text.
+            record: For a synapse: leave in `passage` what a cache must keep.
 
         Returns:
             logits_TE: Raw scores of the alive experts in slot order, as the source's router returns them; of the
-                candidates only where a search found them, and perhaps without gradient unless `all_logits`.
+                candidates only where a search found them, and perhaps without gradient unless `all_logits`; with what
+                a synapse adds.
             weights_TK: Routing weights.
             index_TK: int64, the chosen experts in slot order; UNUSED where a token needs fewer than K.
         """
@@ -207,6 +232,13 @@ class LivingRouter(nn.Module):
         if population.tombstone_bias.numel():
             left_TD = self.logits(scored_TD, population.tombstone_key)
             logits_TA = torch.cat([logits_TE, left_TD], dim=1)
+        if self.synapse is not None:
+
+            def served(view: View) -> Tensor | None:
+                return None if view.is_identity else served_cells(hidden_TH, population, view)[0]
+
+            logits_TA = self.synapse(logits_TA, population, served, field_T, fields, passage, record)
+            logits_TE = logits_TA[:, : logits_TE.shape[1]]
         chosen = self.choose(hidden_TH, logits_TA, population, 0, choices)
         if field_T is not None:
             for field in fields:
@@ -221,7 +253,9 @@ class LivingRouter(nn.Module):
     def _spares_gradients(self, addresses: int) -> bool:
         """Whether gradients are taken at the chosen addresses only."""
         many = addresses >= SPARSE_FROM * self.selection.places
-        return many and torch.is_grad_enabled() and self.selection.weighs_the_chosen()
+        # With a synapse every score drives the state, and so the scores to come.
+        spared = self.synapse is None and self.selection.weighs_the_chosen()
+        return many and spared and torch.is_grad_enabled()
 
     def _with_gradient(
         self, chosen: Choice, query_TD: Tensor, keys_ED: Tensor, population: Population, logits_TA: Tensor

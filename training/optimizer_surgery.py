@@ -50,7 +50,7 @@ from living_moe.training.optimizers import LivingAdamW
 #: Dimension of a slot parameter that runs over hidden units. gate_up_proj holds them twice: gates, then ups.
 NEURON_AXIS = {"gate_up_proj": 1, "down_proj": 2}
 #: What `LivingAdamW` tags the param group of each role with (`group["role"]`); other optimizers' groups may be too.
-GROUP_ROLE = {"gate_up_proj": "experts", "down_proj": "experts", "key": "keys"}
+GROUP_ROLE = {"gate_up_proj": "experts", "down_proj": "experts", "key": "keys", "expression": "keys"}
 
 
 @dataclass(frozen=True)

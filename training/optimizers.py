@@ -56,7 +56,7 @@ class LivingModel(Protocol):
         """Changes whenever a slot parameter may have been replaced."""
 
     def slot_parameters(self) -> Iterable[SlotParameter]:
-        """Every slot parameter; roles are gate_up_proj, down_proj, key."""
+        """Every slot parameter; roles are gate_up_proj, down_proj, key, expression."""
 
     def take_step_tokens(self) -> dict[tuple[int, str], Tensor]:
         """Per (layer, slab), int64 (C,) tokens each slot received since the last call, over all ranks."""
@@ -275,7 +275,10 @@ def _as_living(model: nn.Module) -> LivingModel:
 
 def _groups_of(model: LivingModel, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
     """Param groups in the order of `ROLES`, trainable parameters only."""
-    roles = {id(slot.parameter): "keys" if slot.role == "key" else "experts" for slot in model.slot_parameters()}
+    roles = {
+        id(slot.parameter): "keys" if slot.role in ("key", "expression") else "experts"
+        for slot in model.slot_parameters()
+    }
     if not decay_embeddings:
         for module in model.modules():
             if isinstance(module, nn.Embedding):

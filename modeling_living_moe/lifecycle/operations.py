@@ -218,9 +218,9 @@ def _bury(draft: LayerDraft, uid: int, successor: int | None = None) -> None:
     Args:
         successor: Who serves its tokens; None finds the nearest sibling.
     """
-    key_H, bias = draft.address(uid)
+    address = draft.address(uid)
     row = draft.take_out(uid)
-    tombstone = DraftTombstone(uid, row.clade, row.field, row.group, NOBODY, key_H, bias)
+    tombstone = DraftTombstone(uid, row.clade, row.field, row.group, NOBODY, *address)
     tombstone.heir = _heir(draft, tombstone, uid) if successor is None else successor
     # Whoever serves there has the same address, so it does not matter that it need not be the heir.
     taken_over = successor is None and _is_shared(draft, tombstone)
@@ -243,7 +243,7 @@ def _behind(draft: LayerDraft, address: DraftTombstone) -> dict[int, int]:
 
 
 def _is_shared(draft: LayerDraft, address: DraftTombstone) -> bool:
-    """Whether all that tokens would see instead has the same key and bias."""
+    """Whether all that tokens would see instead has the same key, bias and expression."""
     behind = _behind(draft, address)
     return bool(behind) and all(address.like(*draft.address(uid)) for uid in behind)
 

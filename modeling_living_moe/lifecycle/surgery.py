@@ -31,6 +31,8 @@ from living_moe.modeling_living_moe.synapse.postsynaptic import PostsynapticTabl
 from living_moe.modeling_living_moe.ternary import fitted_row, ternary_row
 from living_moe.modeling_living_moe.vitals import COUNTED_BY, VitalsTable
 
+#: Roles of what belongs to an address rather than to a function: no hidden units, no noise, sources of their own.
+OF_ADDRESS = ("key", "expression")
 IDENTITY = ("uid", "clade", "field", "group", "parent", "born")
 
 
@@ -79,7 +81,8 @@ class DraftRow:
 
 @dataclass
 class DraftTombstone:
-    """An address without an expert of its own, as it will be. `heir` is a uid or NOBODY; `key_H` is fp32."""
+    """An address without an expert of its own, as it will be. `heir` is a uid or NOBODY; `key_H` and the expression
+    vector of its synapse, if it has one, are fp32."""
 
     uid: int
     clade: int
@@ -88,8 +91,11 @@ class DraftTombstone:
     heir: int
     key_H: Tensor
     bias: float
+    expression_X: Tensor | None = None
 
-    def like(self, key_H: Tensor, bias: float) -> bool:
+    def like(self, key_H: Tensor, bias: float, expression_X: Tensor | None = None) -> bool:
+        if self.expression_X is not None and not torch.equal(self.expression_X, _given(expression_X)):
+            return False
         return self.bias == bias and torch.equal(self.key_H, key_H)
 
 
@@ -109,7 +115,7 @@ class ParameterEdit:
     Attributes:
         old, new: The parameter before and after; the same object if the capacity stays, None where there is none.
         siblings: The old parameters of this role, by slab: what `RowSource.slab` refers to.
-        role: gate_up_proj | down_proj | key.
+        role: gate_up_proj | down_proj | key | expression.
     """
 
     layer: int
@@ -196,10 +202,16 @@ class LayerDraft:
         self.leaves: list[Leaf] = list(population.leaves)
         self.normals: list[Tensor] = list(population.facet_normal)
         self.offsets: list[float] = population.facet_offset.tolist()
+        synapse = block.router.synapse
+        expression = [None] * len(population.tombstones) if synapse is None else synapse.tombstone_expression.float()
         self.tombstones = [
-            DraftTombstone(t.uid, t.clade, t.field, t.group, t.heir, key_H, bias)
-            for t, key_H, bias in zip(
-                population.tombstones, population.tombstone_key, population.tombstone_bias.tolist(), strict=True
+            DraftTombstone(t.uid, t.clade, t.field, t.group, t.heir, *address)
+            for t, *address in zip(
+                population.tombstones,
+                population.tombstone_key,
+                population.tombstone_bias.tolist(),
+                expression,
+                strict=True,
             )
         ]
         self.next_uid = int(population.next_uid)
@@ -242,14 +254,17 @@ class LayerDraft:
         living = {row.uid: row.uid for row in rows if (row.clade, row.field) == (clade, field)}
         return living | {t.uid: t.heir for t in self.tombstones if (t.clade, t.field) == (clade, field)}
 
-    def address(self, uid: int) -> tuple[Tensor, float]:
-        """Key (H,) in fp32 and selection bias of an expert or a tombstone, as they are before the event."""
+    def address(self, uid: int) -> tuple[Tensor, float, Tensor | None]:
+        """Key (H,) in fp32, selection bias and expression (X,) of an expert or a tombstone, as before the event."""
         for tombstone in self.tombstones:
             if tombstone.uid == uid:
-                return tombstone.key_H, tombstone.bias
+                return tombstone.key_H, tombstone.bias, tombstone.expression_X
         member = self.block.population.find(uid, self.block.layer)
         key_H = self.block.router.keys[member.slab].detach()[member.row].float().clone()
-        return key_H, float(self.block.population.table(member.slab).bias[member.row])
+        synapse = self.block.router.synapse
+        vectors = None if synapse is None else synapse.expression[member.slab]
+        expression_X = None if vectors is None else vectors.detach()[member.row].float().clone()
+        return key_H, float(self.block.population.table(member.slab).bias[member.row]), expression_X
 
     def capacity_after(self, slab: str) -> int:
         now, wanted = self.block.population.capacity(slab), len(self.slabs[slab])
@@ -334,7 +349,7 @@ class LayerDraft:
         commits: list[Callable[[], None]] = []
         for slab, edit in edits.items():
             new: dict[str, nn.Parameter] = {}
-            for role in ("gate_up_proj", "down_proj", "key"):
+            for role in dict.fromkeys(role for _, role in old):
                 siblings = {s: p for (s, r), p in old.items() if r == role}
                 values = {n: self._row_value(siblings, role, slab, n) for n in edit.rows}
                 before = siblings.get(slab)
@@ -361,17 +376,18 @@ class LayerDraft:
         if number >= len(self.slabs[slab]):
             return None
         row = self.slabs[slab][number]
-        if role == "key" and row.address is not None:
-            return row.address.key_H.to(siblings[row.sources[0].slab].dtype)
+        if role in OF_ADDRESS and row.address is not None:
+            own = row.address.key_H if role == "key" else _given(row.address.expression_X)
+            return own.to(siblings[row.sources[0].slab].dtype)
         sources = self._sources(slab, number, role)
         merged = row.life == "merged"
         rows = [self._row_of(siblings[s.slab], s, role, folded=merged) for s in sources]
         parts = [(_reorder(part, role, s.neurons_I), s.weight) for part, s in zip(rows, sources, strict=True)]
-        if role != "key" and any(source.at is not None for source in sources):
+        if role not in OF_ADDRESS and any(source.at is not None for source in sources):
             return self._beside_each_other(slab, role, row, parts)
         value = parts[0][0].clone() if len(parts) == 1 else sum(part * weight for part, weight in parts)
         assert isinstance(value, Tensor)
-        if row.noise_std and role != "key":
+        if row.noise_std and role not in OF_ADDRESS:
             value += _noise_like(value, row, role) * (row.noise_std * _rms(value))
         return value
 
@@ -381,7 +397,7 @@ class LayerDraft:
         row = parameter.detach()[source.row]
         if folded and role == "down_proj" and self.block.postsynaptic is not None:
             return self.block.postsynaptic.folded(source.slab, source.row, row)
-        if role == "key" or source.at is None or not self.block.experts.is_ternary(source.slab):
+        if role in OF_ADDRESS or source.at is None or not self.block.experts.is_ternary(source.slab):
             return row
         return ternary_row(row, role)
 
@@ -401,7 +417,7 @@ class LayerDraft:
         if number >= len(self.slabs[slab]):
             return ()
         row = self.slabs[slab][number]
-        return row.key_sources if role == "key" and row.key_sources is not None else row.sources
+        return row.key_sources if role in OF_ADDRESS and row.key_sources is not None else row.sources
 
     def _moved_gradients(
         self, siblings: dict[str, nn.Parameter], slab: str, edit: SlabEdit
@@ -428,8 +444,8 @@ class LayerDraft:
         if before is not None:
             trainable = before.requires_grad
         else:
-            trainable = self.block.router.trainable_keys[slab] if role == "key" else not is_frozen(slab)
-        shape = like.shape[1:] if role == "key" else self.block.experts.row_shape(slab, role)
+            trainable = self.block.router.trains(slab, role) if role in OF_ADDRESS else not is_frozen(slab)
+        shape = like.shape[1:] if role in OF_ADDRESS else self.block.experts.row_shape(slab, role)
         data = like.new_zeros((edit.capacity_after, *shape), requires_grad=False)
         kept = min(edit.capacity_before, edit.capacity_after)
         old_grad = None if before is None else before.grad
@@ -455,6 +471,8 @@ class LayerDraft:
         if not edit.capacity_after:
             del pool._modules[slab]
             del router.keys[slab]
+            if router.synapse is not None:
+                del router.synapse.expression[slab]
             return
         if slab in pool._modules:
             module = pool.weights(slab)
@@ -465,6 +483,8 @@ class LayerDraft:
         module.num_experts = edit.capacity_after
         module.gate_up_proj, module.down_proj = new["gate_up_proj"], new["down_proj"]
         router.keys[slab] = new["key"]
+        if router.synapse is not None:
+            router.synapse.expression[slab] = new["expression"]
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -544,7 +564,21 @@ class LayerDraft:
         if places == self.block.population.tombstones:
             return lambda: None
         keys, biases = [t.key_H for t in drafts], [t.bias for t in drafts]
-        return lambda: self.block.population.write_tombstones(places, keys, biases)
+        synapse, population = self.block.router.synapse, self.block.population
+        vectors = [] if synapse is None else [_given(t.expression_X) for t in drafts]
+
+        def commit() -> None:
+            population.write_tombstones(places, keys, biases)
+            if synapse is not None:
+                synapse.write_tombstones(vectors)
+
+        return commit
+
+
+def _given(expression_X: Tensor | None) -> Tensor:
+    """The vector of an address in a layer with synapses."""
+    assert expression_X is not None
+    return expression_X
 
 
 def _keep_rows(table: nn.Module, before: nn.Module | None, rows: int) -> None:
@@ -596,7 +630,7 @@ def _inherit(table: PlasticityTable, number: int, sources: Sequence[RowSource], 
 
 def _reorder(row: Tensor, role: str, neurons_I: Tensor | None) -> Tensor:
     """One expert's tensor with its hidden units in another order."""
-    if neurons_I is None or role == "key":
+    if neurons_I is None or role in OF_ADDRESS:
         return row
     if role == "down_proj":
         return row[:, neurons_I]

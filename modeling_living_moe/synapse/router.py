@@ -1,0 +1,376 @@
+"""Router edges: experts tire and are primed along a text (see `presynaptic.py`), and the router's scores know it.
+
+The score of an address gets
+
+    strength * log(epsilon + q n / g),
+
+q n what the edge would release now, g the running mean of what chosen edges released, per text; `strength` is learned
+and starts at 0, where nothing changes. A token is scored with the state after the chunk before it and drives each clade
+by its own soft routing: the softmax (or normalised sigmoid) of the scores so changed, over the clades it sees. Nothing
+harder: soft probabilities are differentiable in every score, need no choice, and change little when a choice flips.
+
+Drive is shared by all addresses of a clade, expression is an address's own. So a split, which copies expression, is
+exact: parent and newborn are in one state, and stay so until their expression parts. Expression belongs to the address,
+like the key: it is averaged where keys are, and a tombstone keeps it.
+
+T tokens of a pass (of G texts in J chunks of c), A addresses, N clades a token sees, X molecules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from living_moe.configuration.errors import PopulationError
+from living_moe.configuration.sections import SynapseConfig
+from living_moe.modeling_living_moe.families import Scoring
+from living_moe.modeling_living_moe.population import Population, View, sort_slabs
+from living_moe.modeling_living_moe.synapse.presynaptic import (
+    MOLECULES,
+    STATE_SIZE,
+    Presynapse,
+    PresynapticState,
+    Rates,
+    Sampler,
+    advance,
+    chunk_weights,
+    release_probability,
+    released_content,
+    rest,
+    sum_up,
+)
+from living_moe.modeling_living_moe.synapse.texts import Texts
+
+#: Tokens over which the running mean of what was released forgets.
+GAIN_TIME = 64.0
+
+#: What the running mean starts from: about what a rested edge of medium expression releases. A constant, because no
+#: event may move it.
+FIRST_RELEASE = 1.4
+
+#: Finds the address of each clade and token: int64 (T, N), or None where address n is clade n's.
+Served = Callable[[View], Tensor | None]
+
+
+@dataclass
+class Passage:
+    """What the routers of one forward pass need to know of texts, and leave behind.
+
+    Attributes:
+        texts: The grid.
+        record: Whether a cache asks for traces.
+        step: Optimizer steps lived; with seed and layer it determines what stochastic release draws.
+        kept: What the cache kept of its tokens per living layer, (B, P, A + 1) each: drives, and what was released.
+        states: The cache's states per living layer, (B, 7 A + 1).
+        traces: Living layer -> what to keep of this pass's tokens (B, S, A + 1), and the states (B, 7 A + 1).
+    """
+
+    texts: Texts
+    record: bool = False
+    step: int = 0
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def take_up(self, kept: Tensor, states: Tensor | None, addresses: Sequence[int]) -> None:
+        """Divide what the cache keeps (B, P, any), and its states (B, any), among layers with so many addresses.
+
+        Raises:
+            PopulationError: It is of another number of addresses.
+        """
+        sizes = [count + 1 for count in addresses]
+        if kept.shape[-1] != sum(sizes):
+            raise PopulationError(
+                f"the cache holds {kept.shape[-1] - len(sizes)} synapses and the routers have {sum(addresses)}: the "
+                f"population changed since, so read the text anew with a new cache."
+            )
+        self.kept = dict(enumerate(kept.split(sizes, dim=-1)))
+        if states is not None:
+            self.states = dict(enumerate(states.split([STATE_SIZE * count + 1 for count in addresses], dim=-1)))
+
+    def to(self, device: torch.device | str) -> Passage:
+        """The same on another device; traces are left in one place."""
+        return replace(self, texts=self.texts.to(device))
+
+
+class Expression(nn.ParameterDict):
+    """Expression vectors per slab, (C, X) each, listed in slot order whatever the order they came in."""
+
+    # A ParameterDict refuses to be called, but only to what is called does Accelerate bring offloaded weights.
+    __call__ = nn.Module.__call__
+
+    def forward(self, alive: dict[str, int]) -> Tensor:
+        """Vectors of the first rows of each slab, as many as `alive` says, in slot order: (E, X)."""
+        return torch.cat([self[slab][:count] for slab, count in alive.items()])
+
+    def __setitem__(self, key: str, value: nn.Parameter) -> None:
+        super().__setitem__(key, value)
+        for entries in (self._keys, self._parameters):
+            sort_slabs(entries)
+
+    def reset_parameters(self) -> None:
+        for vectors in self.values():
+            init.zeros_(vectors)
+
+
+class RouterSynapse(nn.Module):
+    """Short-term memory of one router's edges.
+
+    Parameters: `expression`, `presynapse.scalars`, and `strength` (1,). Buffer: `tombstone_expression` (D, X).
+    """
+
+    tombstone_expression: Tensor
+
+    def __init__(
+        self,
+        settings: SynapseConfig,
+        scoring: Scoring,
+        capacities: dict[str, int],
+        layer: int = 0,
+        num_tombstones: int = 0,
+    ):
+        super().__init__()
+        self.settings = settings
+        self.scoring = scoring
+        self.layer = layer
+        self.presynapse = Presynapse()
+        self.strength = nn.Parameter(torch.full((1,), settings.strength))
+        self.expression = Expression()
+        for name, capacity in capacities.items():
+            if capacity:
+                self.expression[name] = nn.Parameter(torch.zeros(capacity, len(MOLECULES)))
+        self.register_buffer("tombstone_expression", torch.zeros(num_tombstones, len(MOLECULES)))
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.strength, self.settings.strength)
+        init.zeros_(self.tombstone_expression)
+
+    def forward(
+        self,
+        logits_TA: Tensor,
+        population: Population,
+        served: Served,
+        field_T: Tensor | None = None,
+        fields: Sequence[int] = (),
+        passage: Passage | None = None,
+        record: bool = False,
+    ) -> Tensor:
+        """Scores with what the synapses add, (T, A), in the dtype they came in.
+
+        Args:
+            logits_TA: Scores of every address.
+            population: Who lives here.
+            served: As the router finds them.
+            field_T, fields: The field of each token, and the newborn fields that tokens are in.
+            passage: The texts of this pass; None is one text at rest.
+            record: Leave in `passage` what a cache must keep.
+        """
+        # Pools are sums and differences of what is nearly equal: never in less than fp32.
+        with torch.autocast(logits_TA.device.type, enabled=False):
+            return self._changed(logits_TA, population, served, field_T, fields, passage, record)
+
+    def _changed(
+        self,
+        logits_TA: Tensor,
+        population: Population,
+        served: Served,
+        field_T: Tensor | None,
+        fields: Sequence[int],
+        passage: Passage | None,
+        record: bool,
+    ) -> Tensor:
+        if passage is None:
+            shape = (1, logits_TA.shape[0])
+            chunk = self.settings.chunk
+            texts = Texts(shape, (1, max(1, -(-shape[1] // chunk)), chunk), True, shape[1] % chunk == 0)
+            passage = Passage(texts)
+        texts = passage.texts
+        num_texts, num_chunks, length = texts.grid
+        root = population.view(0, logits_TA.device)
+        vectors = self.expression(population.alive)
+        if len(self.tombstone_expression):
+            vectors = torch.cat([vectors.float(), self.tombstone_expression.float()])
+        turn = float(len(root.address_N))
+        rates = self.presynapse.rates(vectors, turn)
+        sample = self._sampler(passage, num_texts, vectors)
+        columns = self._columns(population, root, served, field_T, fields, texts)
+
+        state, running = self._start(passage, rates)
+        probability = release_probability(state.calcium, rates)
+        weights = chunk_weights(rates, length)
+        logits_GJcA = texts.lay_out(logits_TA.float())
+        known = self._known(passage)
+        forgets = 1.0 - math.exp(-length / GAIN_TIME)
+        outputs, drives, states = [], [], [self._packed(state, running)] if record else []
+        for number, logits_GcA in enumerate(logits_GJcA.unbind(1)):
+            content = released_content(state, probability, rates)
+            heard = torch.log(self.settings.epsilon + content / running.unsqueeze(-1))
+            changed = logits_GcA + (self.strength.float() * heard).unsqueeze(1)
+            outputs.append(changed)
+            last = number + 1 == num_chunks
+            moves = not last or (record and texts.last_is_full)
+            if not (moves or record):
+                break
+            drive, released = self._drive(changed, content, columns, number)
+            if number < texts.past_chunks:
+                assert known is not None
+                past, is_past = known[0][:, number], known[1][:, number]
+                drive = torch.where(is_past, past[..., :-1], drive)
+                released = torch.where(is_past[..., 0], past[..., -1], released)
+            if record:
+                drives.append(torch.cat([drive, released.unsqueeze(-1)], dim=-1).detach())
+            if moves:
+                state, probability = advance(state, sum_up(drive, weights), weights, rates, sample)
+                running = running + forgets * (released.mean(1) - running)
+                if record:
+                    states.append(self._packed(state, running))
+        changed_TA = texts.gather(torch.stack(outputs, dim=1))
+        if texts.real is not None:
+            changed_TA = torch.where(texts.real.reshape(-1, 1), changed_TA, logits_TA.float())
+        if record:
+            passage.traces[self.layer] = self._trace(texts, drives, states)
+        return changed_TA.to(logits_TA.dtype)
+
+    def write_tombstones(self, vectors: Sequence[Tensor]) -> None:
+        """Replace the vectors (X,) of the tombstones."""
+        table = self.tombstone_expression
+        self.tombstone_expression = torch.stack([v.to(table) for v in vectors]) if vectors else table[:0]
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, passage: Passage, rates: Rates) -> tuple[PresynapticState, Tensor]:
+        """State and running mean (G,) of every text: the cache's, or at rest."""
+        texts = passage.texts
+        resting = rest(rates, texts.grid[0])
+        running = rates.decay.new_full((texts.grid[0],), FIRST_RELEASE)
+        if texts.first is None or self.layer not in passage.states:
+            return resting, running
+        states = passage.states[self.layer].to(running.device)[texts.first.clamp(min=0)]
+        goes_on = texts.first >= 0
+        kept = PresynapticState.unpack(states[:, 1:].unflatten(1, (-1, STATE_SIZE)))
+        edges = [
+            torch.where(goes_on.reshape(-1, *[1] * (now.dim() - 1)), now, then)
+            for now, then in zip(kept, resting, strict=True)
+        ]
+        return PresynapticState(*edges), torch.where(goes_on, states[:, 0], running)
+
+    @staticmethod
+    def _packed(state: PresynapticState, running: Tensor) -> Tensor:
+        """(G, 1 + 7 A)."""
+        return torch.cat([running.unsqueeze(1), state.pack().flatten(1)], dim=1).detach()
+
+    def _known(self, passage: Passage) -> tuple[Tensor, Tensor] | None:
+        """What the cache kept of the tokens on the first chunks, (G, chunks, c, A + 1), and where it is."""
+        if not passage.texts.past_chunks:
+            return None
+        return passage.texts.past(passage.kept[self.layer].flatten(0, 1))
+
+    def _trace(self, texts: Texts, drives: list[Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        kept = texts.gather(torch.stack(drives, dim=1)).unflatten(0, texts.shape)
+        if texts.end_chunks is None:
+            return kept, states[-1]
+        assert texts.end_text is not None
+        return kept, torch.stack(states)[texts.end_chunks.clamp(max=len(states) - 1), texts.end_text]
+
+    # -- drive ---------------------------------------------------------------------------------------------------------
+
+    def _columns(
+        self,
+        population: Population,
+        root: View,
+        served: Served,
+        field_T: Tensor | None,
+        fields: Sequence[int],
+        texts: Texts,
+    ) -> list[tuple[View, Tensor | None, Tensor | None]]:
+        """Per field: its view, the addresses of its clades (G, J, c, N), and whose tokens are of it (G, J, c, 1)."""
+        found = []
+        for number in (0, *(fields if field_T is not None else ())):
+            view = root if number == 0 else population.view(number, root.address_N.device)
+            address_TN = served(view)
+            address = None if address_TN is None else texts.lay_out(address_TN)
+            mine = None
+            if number:
+                assert field_T is not None
+                mine = texts.lay_out((field_T == number).unsqueeze(-1))
+            found.append((view, address, mine))
+        return found
+
+    def _drive(
+        self,
+        changed: Tensor,
+        content: Tensor,
+        columns: list[tuple[View, Tensor | None, Tensor | None]],
+        number: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Drive of each address (G, c, A), and what each token releases (G, c)."""
+        drive = released = None
+        for view, address, mine in columns:
+            if address is None:
+                own = self._soft(changed)
+                carried = (own @ content.unsqueeze(-1)).squeeze(-1)
+            else:
+                here = address[:, number]
+                routed = self._soft(changed.gather(2, here))
+                carried = (routed * content.unsqueeze(1).expand_as(changed).gather(2, here)).sum(-1)
+                own = torch.nn.functional.pad(routed, (0, 1))[..., view.column_A]
+            if drive is None or mine is None:
+                drive, released = own, carried
+            else:
+                drive = torch.where(mine[:, number], own, drive)
+                released = torch.where(mine[:, number, :, 0], carried, released)
+        assert drive is not None and released is not None
+        return drive, released
+
+    def _soft(self, logits: Tensor) -> Tensor:
+        """Soft routing over clades, summing to one."""
+        if self.scoring.function == "softmax":
+            return torch.softmax(logits, dim=-1)
+        scores = torch.sigmoid(logits)
+        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+    def _sampler(self, passage: Passage, num_texts: int, vectors: Tensor) -> Sampler | None:
+        if not self.training or self.settings.mode != "stochastic":
+            return None
+        seed = (self.settings.seed, passage.step, self.layer)
+        return binomial_release(seed, self.settings.stochastic_share, (num_texts, len(vectors)), vectors.device)
+
+
+def binomial_release(
+    seed: tuple[int, int, int], share: float, shape: tuple[int, int], device: torch.device
+) -> Sampler:
+    """Release as a whole number of vesicles on a share of the edges, with the gradient of its expectation.
+
+    Args:
+        seed: Seed, step, and layer: the same three draw the same, so that a recomputation sees its own pass.
+        share: Of the edges, in [0, 1].
+        shape: Texts and edges.
+    """
+    mixed = 0
+    for part in seed:
+        mixed = (mixed * 1_000_003 + part) % (1 << 63)
+    generator = torch.Generator(device).manual_seed(mixed)
+    chosen = torch.rand(shape, generator=generator, device=device) < share
+
+    def sample(fraction: Tensor, docked: Tensor, tokens: int) -> Tensor:
+        with torch.no_grad():
+            chance = -torch.expm1(tokens * torch.log1p(-fraction))
+            whole = docked.floor()
+            count = torch.binomial(whole, chance, generator=generator)
+            # What is left of a vesicle goes as one, so the mean is right and never more leaves than there is.
+            part = torch.rand(shape, generator=generator, device=device) < chance
+            count = count + (docked - whole) * part
+            gone = (count / docked.clamp_min(1e-12)).clamp(max=1.0)
+            drawn = 1.0 - (1.0 - gone) ** (1.0 / tokens)
+            step = torch.where(chosen, drawn - fraction, 0.0)
+        return fraction + step
+
+    return sample
+
+
+__all__ = ["Expression", "Passage", "RouterSynapse", "binomial_release"]
