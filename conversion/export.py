@@ -164,6 +164,9 @@ def uniform_addresses(living: LivingMoeForCausalLM, family: Family, field: int) 
         quantised = {
             m.slab for m in block.population.members if m.index in servers and block.experts.is_ternary(m.slab)
         }
+        synapse = block.router.synapse
+        if synapse is not None and bool(synapse.strength.any()):
+            problems.append(f"layer {block.layer}: its router has synapses (strength {synapse.strength.item():.3g})")
         if quantised:
             problems.append(f"layer {block.layer}: the experts of {', '.join(sorted(quantised))} are ternary")
         layers.append(sorted((cell[0] for cell in cells), key=lambda address: address.group))

@@ -104,6 +104,11 @@ class Rates(NamedTuple):
     quantum: Tensor  # effect of one vesicle
 
 
+def over_sequences(rates: Rates, sequences: int) -> Rates:
+    """The same rates with a dimension of sequences in front: their gradients are then summed over it only once."""
+    return Rates(*(rate.expand(sequences, *rate.shape) for rate in rates))
+
+
 class Drive(NamedTuple):
     """A chunk's drive, summed up as the state needs it, each (G, N)."""
 
@@ -184,14 +189,12 @@ class Presynapse(nn.Module):
         )
 
 
-def rest(rates: Rates, sequences: int) -> PresynapticState:
+def rest(rates: Rates) -> PresynapticState:
     """The fixed point without drive: no calcium, everything primed, docking and undocking in balance."""
-    shape = (sequences, *rates.decay.shape)
     docked = VESICLES * rates.docking / (rates.docking + rates.undocking)
-    none = torch.zeros_like(docked)
+    none, full = torch.zeros_like(docked), torch.ones_like(docked)
     pools = torch.stack([docked, VESICLES - docked, none, none], dim=-1)
-    full = rates.decay.new_ones(shape)
-    return PresynapticState(rates.decay.new_zeros(shape), full, full, pools.expand(*shape, 4))
+    return PresynapticState(none, full, full, pools)
 
 
 def release_probability(calcium: Tensor, rates: Rates) -> Tensor:
@@ -227,8 +230,7 @@ def chunk_weights(rates: Rates, tokens: int) -> ChunkWeights:
 
 
 def sum_up(drive: Tensor, weights: ChunkWeights) -> Drive:
-    """Drives of a chunk's tokens (G, c, N), held to [0, 1], as the state needs them."""
-    drive = drive.clamp(0.0, 1.0)
+    """Drives of a chunk's tokens (G, c, N), each in [0, 1], as the state needs them."""
     at_end, on_average = (drive.unsqueeze(0) * weights.weights.unsqueeze(1)).sum(2).unbind()
     return Drive(drive.mean(1), at_end, on_average, weights.tokens)
 
@@ -276,19 +278,26 @@ def _relax(value: Tensor, gain: Tensor, loss: Tensor, tokens: int) -> tuple[Tens
     return value - distance * done, target + distance * (done / (change * tokens))
 
 
+#: What a fraction that moves adds to the flat transition matrix (to, from): D -> U, R -> D, D -> R, U -> U', U' -> R.
+_MOVES = (
+    (-1.0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0),
+    (0, 1, 0, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (-1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 1, 0),
+    (0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, -1),
+)
+
+
 def _circulate(
     pools: Tensor, released: Tensor, docking: Tensor, undocking: Tensor, early: Tensor, late: Tensor, tokens: int
 ) -> Tensor:
     """Pools (G, N, 4) after `tokens` tokens in which these fractions move: D -> U, R -> D, D -> R, U -> U', U' -> R."""
-    undocked, zero = undocking * (1.0 - released), torch.zeros_like(released)
-    columns = [
-        1.0 - released - undocked, docking, zero, zero,
-        undocked, 1.0 - docking, zero, late,
-        released, zero, 1.0 - early, zero,
-        zero, zero, early, 1.0 - late,
-    ]  # fmt: skip
-    matrix = torch.stack(torch.broadcast_tensors(*columns), dim=-1).unflatten(-1, (4, 4))
-    return (torch.linalg.matrix_power(matrix, tokens) @ pools.unsqueeze(-1)).squeeze(-1)
+    moves = torch.broadcast_tensors(released, docking, undocking * (1.0 - released), early, late)
+    change = torch.stack(moves, dim=-1) @ released.new_tensor(_MOVES)
+    # Rounding must not make a rest negative, nor add up over a long text.
+    matrix = (torch.eye(4, device=pools.device, dtype=pools.dtype) + change.unflatten(-1, (4, 4))).clamp(min=0.0)
+    moved = (torch.linalg.matrix_power(matrix, tokens) @ pools.unsqueeze(-1)).squeeze(-1)
+    return moved * (VESICLES / moved.sum(-1, keepdim=True))
 
 
 __all__ = [
@@ -304,6 +313,7 @@ __all__ = [
     "Sampler",
     "advance",
     "chunk_weights",
+    "over_sequences",
     "release_probability",
     "released_content",
     "rest",

@@ -4,8 +4,8 @@ The score of an address gets
 
     strength * log(epsilon + q n / g),
 
-q n what the edge would release now, g the running mean of what chosen edges released, per text; `strength` is learned
-and starts at 0, where nothing changes. A token is scored with the state after the chunk before it and drives each clade
+q n what the edge would release now, g the running mean of what tokens released, per text and without a gradient (it
+moves all scores of a token alike, so that they neither sink nor rise with use); `strength` is learned and starts at 0, where nothing changes. A token is scored with the state after the chunk before it and drives each clade
 by its own soft routing: the softmax (or normalised sigmoid) of the scores so changed, over the clades it sees. Nothing
 harder: soft probabilities are differentiable in every score, need no choice, and change little when a choice flips.
 
@@ -39,6 +39,7 @@ from living_moe.modeling_living_moe.synapse.presynaptic import (
     Sampler,
     advance,
     chunk_weights,
+    over_sequences,
     release_probability,
     released_content,
     rest,
@@ -196,13 +197,14 @@ class RouterSynapse(nn.Module):
         if len(self.tombstone_expression):
             vectors = torch.cat([vectors.float(), self.tombstone_expression.float()])
         turn = float(len(root.address_N))
-        rates = self.presynapse.rates(vectors, turn)
+        own_rates = self.presynapse.rates(vectors, turn)
+        weights = chunk_weights(own_rates, length)
+        rates = over_sequences(own_rates, num_texts)
         sample = self._sampler(passage, num_texts, vectors)
         columns = self._columns(population, root, served, field_T, fields, texts)
 
         state, running = self._start(passage, rates)
         probability = release_probability(state.calcium, rates)
-        weights = chunk_weights(rates, length)
         logits_GJcA = texts.lay_out(logits_TA.float())
         known = self._known(passage)
         forgets = 1.0 - math.exp(-length / GAIN_TIME)
@@ -223,7 +225,7 @@ class RouterSynapse(nn.Module):
                 drive = torch.where(is_past, past[..., :-1], drive)
                 released = torch.where(is_past[..., 0], past[..., -1], released)
             if record:
-                drives.append(torch.cat([drive, released.unsqueeze(-1)], dim=-1).detach())
+                drives.append(torch.cat([drive.detach(), released.unsqueeze(-1)], dim=-1))
             if moves:
                 state, probability = advance(state, sum_up(drive, weights), weights, rates, sample)
                 running = running + forgets * (released.mean(1) - running)
@@ -246,7 +248,7 @@ class RouterSynapse(nn.Module):
     def _start(self, passage: Passage, rates: Rates) -> tuple[PresynapticState, Tensor]:
         """State and running mean (G,) of every text: the cache's, or at rest."""
         texts = passage.texts
-        resting = rest(rates, texts.grid[0])
+        resting = rest(rates)
         running = rates.decay.new_full((texts.grid[0],), FIRST_RELEASE)
         if texts.first is None or self.layer not in passage.states:
             return resting, running
@@ -310,14 +312,15 @@ class RouterSynapse(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Drive of each address (G, c, A), and what each token releases (G, c)."""
         drive = released = None
+        quanta = content.detach()
         for view, address, mine in columns:
             if address is None:
                 own = self._soft(changed)
-                carried = (own @ content.unsqueeze(-1)).squeeze(-1)
+                carried = (own.detach() @ quanta.unsqueeze(-1)).squeeze(-1)
             else:
                 here = address[:, number]
                 routed = self._soft(changed.gather(2, here))
-                carried = (routed * content.unsqueeze(1).expand_as(changed).gather(2, here)).sum(-1)
+                carried = (routed.detach() * quanta.unsqueeze(1).expand_as(changed).gather(2, here)).sum(-1)
                 own = torch.nn.functional.pad(routed, (0, 1))[..., view.column_A]
             if drive is None or mine is None:
                 drive, released = own, carried
