@@ -95,6 +95,23 @@ def escaped(family: str, space: str) -> LivingMoeForCausalLM:
     return model
 
 
+def synaptic(family: str, preset: str = "grow", chunk: int = 3, grows: bool = False) -> LivingMoeForCausalLM:
+    """Synapses at work, no two of one expression."""
+    model = living_model(family, preset, sections={"synapse": {"router": True, "chunk": chunk}})
+    if grows:
+        for layer in range(len(model.expert_counts)):
+            for uid in model.expert_uids(layer)[:6]:
+                model.split_expert(layer, uid)
+        drift(model, 4, std=0.1, frozen=True)
+        for layer in range(len(model.expert_counts)):
+            model.remove_expert(layer, model.expert_uids(layer)[-1])
+    else:
+        drift(model, 4, std=0.1)
+    for block in model.living_blocks:
+        block.router.synapse.strength.data.fill_(1.5)
+    return model
+
+
 CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "mixtral": lambda: living_model("mixtral"),
     "qwen": lambda: living_model("qwen3_moe"),
@@ -120,6 +137,10 @@ CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "grown, fields": lambda: grown("qwen3_moe", "frozen-graft"),
     "escaped, poincare": lambda: escaped("mixtral", "poincare"),
     "escaped, fourier": lambda: escaped("qwen3_moe", "fourier"),
+    "synaptic": lambda: synaptic("mixtral"),
+    "synaptic, step size 1": lambda: synaptic("qwen3_moe", chunk=1),
+    "synaptic, grown": lambda: synaptic("deepseek_v3", grows=True),
+    "synaptic, fields": lambda: synaptic("qwen3_moe", "frozen-graft", grows=True),
     "plastic": lambda: living_model("mixtral"),
     "two timescales": lambda: fast_model("mixtral"),
     "plastic, two timescales": lambda: fast_model("qwen3_moe"),

@@ -1,0 +1,506 @@
+"""Router synapses in whole models: nothing when off, memory when on, the same through caches, batches and events."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import drift, living_model, logits, relative_difference, source_model, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+import living_moe
+from living_moe import LivingMoeForCausalLM
+from living_moe.configuration.errors import ConfigurationError, ConversionError, LivingMoeError
+from living_moe.configuration.sections import SynapseConfig
+from living_moe.modeling_living_moe.population import Population
+from living_moe.modeling_living_moe.synapse.router import Passage, RouterSynapse
+from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, read_texts
+from living_moe.training.optimizers import LivingAdamW
+
+CACHED = 1e-5
+
+
+def synaptic(family: str = "mixtral", strength: float = 1.5, *, seed: int = 0, **options: Any) -> LivingMoeForCausalLM:
+    """With expression of all kinds, so that no edge is like another."""
+    overrides = options.pop("overrides", {})
+    model = living_model(family, "synaptic-router", sections={"synapse": {"chunk": 4, **options}}, **overrides)
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.living_blocks:
+        synapse = block.router.synapse
+        synapse.strength.data.fill_(strength)
+        for vectors in synapse.expression.values():
+            vectors.data.normal_(generator=generator)
+    return model
+
+
+def in_pieces(model: LivingMoeForCausalLM, ids: Tensor, sizes: list[int], **inputs: Tensor) -> Tensor:
+    cache, found, start = DynamicCache(config=model.config), [], 0
+    for size in sizes:
+        end = start + size
+        own = {"attention_mask": inputs["attention_mask"][:, :end]} if "attention_mask" in inputs else {}
+        if "position_ids" in inputs:
+            own["position_ids"] = inputs["position_ids"][:, start:end]
+        found.append(logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **own))
+        start = end
+    assert start == ids.shape[1]
+    return torch.cat(found, dim=1)
+
+
+# -- off is off --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_at_strength_zero_logits_are_bitwise_those_without_synapses(family: str) -> None:
+    plain, model = living_model(family), synaptic(family, strength=0.0)
+    ids = token_ids(3, 30)
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+    assert not torch.equal(logits(synaptic(family), ids), logits(plain, ids))
+
+
+def test_without_synapses_there_is_nothing_of_them() -> None:
+    model = living_model("mixtral")
+    assert not [name for name in model.state_dict() if "synapse" in name]
+
+
+def test_a_graft_with_synapses_is_verified_exact() -> None:
+    model = living_moe.convert(source_model("mixtral"), preset="synaptic-router")
+    assert model.config.synapse.router
+    assert all(float(block.router.synapse.strength) == 0 for block in model.living_blocks)
+
+
+def test_bf16_keeps_states_in_fp32_and_strength_zero_exact() -> None:
+    plain, model = living_model("mixtral").to(torch.bfloat16), synaptic(strength=0.0).to(torch.bfloat16)
+    ids = token_ids(2, 30)
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache, use_cache=True)
+    assert cache.layers[-1].keys.dtype == torch.float32 and cache.layers[-1].state.dtype == torch.float32
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_gradients_reach_every_component_of_every_layer(chunk: int) -> None:
+    model = synaptic(chunk=chunk).train()
+    ids = token_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    for block in model.living_blocks:
+        synapse = block.router.synapse
+        assert (synapse.expression["trainable"].grad.abs().amax(dim=0) > 1e-9).all()
+        assert (synapse.presynapse.scalars.grad.abs() > 1e-9).all()
+        assert synapse.strength.grad.abs() > 0
+
+
+def test_strength_leaves_zero_by_its_own_gradient() -> None:
+    model = synaptic(strength=0.0).train()
+    ids = token_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    assert all(block.router.synapse.strength.grad.abs() > 0 for block in model.living_blocks)
+
+
+@pytest.mark.parametrize("mode", ["expectation", "stochastic"])
+def test_gradient_checkpointing_recomputes_the_same_pass(mode: str) -> None:
+    ids, gradients, losses = token_ids(2, 20), [], []
+    for checkpointing in (False, True):
+        model = synaptic(mode=mode, stochastic_share=1.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1])
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_stochastic_release_is_drawn_in_training_only_and_anew_each_step() -> None:
+    model = synaptic(mode="stochastic", stochastic_share=1.0)
+    expected = synaptic()
+    ids = token_ids(2, 20)
+    assert torch.equal(logits(model, ids), logits(expected, ids))
+    model.train()
+    first = logits(model, ids)
+    assert torch.equal(logits(model, ids), first)
+    assert not torch.equal(first, logits(expected.train(), ids))
+    optimizer = LivingAdamW(model, lr=0.0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.lifecycle_step(optimizer)
+    assert not torch.equal(logits(model, ids), first)
+
+
+def test_an_optimizer_trains_synapses() -> None:
+    model = synaptic(strength=0.5).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "synapse" in name}
+    optimizer = LivingAdamW(model, lr=1e-2)
+    ids = token_ids(2, 30)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert len(before) == 2 * 3
+    assert all(not torch.equal(dict(model.named_parameters())[name], old) for name, old in before.items())
+
+
+def test_the_switch_decides_over_synapses() -> None:
+    sections = {"synapse": {"router": True}, "trainable": {"synapses": False}}
+    model = living_model("mixtral", "grow", sections=sections)
+    assert {p.requires_grad for name, p in model.named_parameters() if "synapse" in name} == {False}
+    frozen = living_model("mixtral", "frozen-graft", sections={**sections, "trainable": {"synapses": True}})
+    trains = {name: p.requires_grad for name, p in frozen.named_parameters() if "synapse" in name}
+    assert {on for name, on in trains.items() if "expression.frozen" in name} == {False}
+    assert {on for name, on in trains.items() if "expression" not in name} == {True}
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def routed(model: LivingMoeForCausalLM, ids: Tensor) -> Tensor:
+    """Weights of every expert for every token, of the first layer: (T, E)."""
+    found: list[Tensor] = []
+
+    def note(router: Any, args: Any, output: Any) -> None:
+        _, weights_TK, index_TK = output
+        found.append(torch.zeros(len(weights_TK), 8).scatter(1, index_TK, weights_TK.float()))
+
+    hook = model.living_blocks[0].router.register_forward_hook(note)
+    logits(model, ids)
+    hook.remove()
+    return found[0]
+
+
+def test_the_same_prompt_twice_in_a_row_is_routed_differently_the_second_time() -> None:
+    """Attention is taken out, so that without synapses a token's routing does not depend on its text."""
+    prompt = token_ids(1, 16)
+    for model, differs in ((living_model("mixtral"), False), (synaptic(strength=1.5), True)):
+        for layer in model.model.backbone.layers:
+            layer.self_attn.o_proj.weight.data.zero_()
+        first, second = routed(model, torch.cat([prompt, prompt], dim=1)).split(16)
+        assert ((first - second).abs().max() > 1e-2) == differs
+        assert torch.allclose(first, second, atol=1e-5) != differs
+
+
+def test_an_expert_in_use_tires() -> None:
+    """One token again and again: what its experts are given falls, and others get more."""
+    model = synaptic(strength=3.0, chunk=1)
+    for block in model.living_blocks:
+        block.router.synapse.expression["trainable"].data.zero_()
+    for layer in model.model.backbone.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    weights = routed(model, torch.full((1, 60), 5))
+    favourite = int(weights[0].argmax())
+    assert weights[-20:, favourite].mean() < 0.9 * weights[0, favourite]
+    assert (weights.sum(0) > 0).sum() > (weights[0] > 0).sum()
+
+
+# -- chunks, caches, batches -------------------------------------------------------------------------------------------
+
+
+def what_is_heard(experts: int, chunk: int) -> Tensor:
+    """What synapses add to random scores of two texts of 512 tokens, but for what all scores of a token share."""
+    scoring = living_model("mixtral").living_blocks[0].router.scoring
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2 * 512, experts, generator=generator) + 0.5 * torch.randn(experts, generator=generator)
+    settings = SynapseConfig(router=True, chunk=chunk, strength=1.0)
+    synapse = RouterSynapse(settings, scoring, {"trainable": experts})
+    passage = Passage(read_texts((2, 512), chunk, scores.device))
+    population = Population({"trainable": experts}, 8)
+    with torch.no_grad():
+        added = synapse(scores, population, lambda view: None, passage=passage) - scores
+    return added - added.mean(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+def test_the_error_of_chunks_is_measured_and_bounded(experts: int) -> None:
+    """Against step size 1, root mean square over that of what is added; tokens without order are the worst case."""
+    reference = what_is_heard(experts, 1)
+    size = reference.square().mean().sqrt()
+    errors = {c: ((what_is_heard(experts, c) - reference).square().mean().sqrt() / size).item() for c in (2, 8, 32)}
+    assert size > 0.1
+    assert errors[2] <= 0.2 and errors[8] <= 0.42 and errors[32] <= 0.68
+    assert list(errors.values()) == sorted(errors.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_reading_in_pieces_is_reading_at_once_on_512_tokens(family: str) -> None:
+    model = synaptic(family, chunk=32, overrides=dict(max_position_embeddings=1024))
+    ids = token_ids(2, 512)
+    whole = logits(model, ids)
+    for sizes in ([1] * 40 + [472], [300] + [1] * 34 + [178], [31, 1, 32, 33, 415]):
+        assert (in_pieces(model, ids, sizes) - whole).abs().max() <= CACHED
+
+
+def test_token_by_token_with_the_reference_step() -> None:
+    model = synaptic(chunk=1)
+    ids = token_ids(2, 24)
+    assert (in_pieces(model, ids, [1] * 24) - logits(model, ids)).abs().max() <= CACHED
+
+
+@settings(max_examples=12)
+@given(cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), pads=st.tuples(*[st.integers(0, 15)] * 3))
+def test_any_pieces_of_padded_rows_are_the_rows_alone(cuts: set[int], seed: int, pads: tuple[int, ...]) -> None:
+    model, ids = SHARED, token_ids(3, 40, seed)
+    ends = [*sorted(cuts), 40]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = in_pieces(model, ids, sizes, attention_mask=mask, position_ids=positions)
+    for row, pad in enumerate(pads):
+        assert (found[row, pad:] - logits(model, ids[row : row + 1, pad:])[0]).abs().max() <= CACHED
+
+
+SHARED = synaptic()
+
+
+def test_padding_in_the_midst_and_at_the_end_is_not_there() -> None:
+    ids = token_ids(1, 30)
+    mask = torch.ones_like(ids)
+    mask[0, 26:] = 0
+    found = logits(SHARED, ids, attention_mask=mask)[0, :26]
+    assert (found - logits(SHARED, ids[:, :26])[0]).abs().max() <= CACHED
+
+
+def test_texts_packed_in_a_row_begin_at_rest() -> None:
+    """A text behind another reads as the same text alone, as far as synapses go: attention is taken out."""
+    model = synaptic()
+    for layer in model.model.backbone.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    lengths = (11, 3, 14)
+    ids = token_ids(2, sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    packed = logits(model, ids, position_ids=positions).split(lengths, dim=1)
+    for part, own in zip(packed, ids.split(lengths, dim=1), strict=True):
+        assert (part - logits(model, own)).abs().max() <= CACHED
+    assert (torch.cat(packed, dim=1) - logits(model, ids)).abs().max() > 1e-2
+    pieces = in_pieces(model, ids, [5, 7, 1, 9, 6], position_ids=positions)
+    assert (pieces - torch.cat(packed, dim=1)).abs().max() <= CACHED
+
+
+@pytest.mark.parametrize("back", [1, 3, 4, 9])
+def test_a_cropped_cache_goes_on_as_if_nothing_had_been_read(back: int) -> None:
+    ids, wrong = token_ids(2, 30), token_ids(2, back, seed=9)
+    whole = logits(SHARED, ids)
+    for start in (13, 16):
+        cache = DynamicCache(config=SHARED.config)
+        logits(SHARED, ids[:, :start], past_key_values=cache, use_cache=True)
+        logits(SHARED, wrong, past_key_values=cache, use_cache=True)
+        cache.crop(-back)
+        found = logits(SHARED, ids[:, start:], past_key_values=cache, use_cache=True)
+        assert (found - whole[:, start:]).abs().max() <= CACHED
+        cache.crop(-(30 - start + 2))
+        found = logits(SHARED, ids[:, start - 2 :], past_key_values=cache, use_cache=True)
+        assert (found - whole[:, start - 2 :]).abs().max() <= CACHED
+
+
+def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> None:
+    cache = DynamicCache(config=SHARED.config)
+    logits(SHARED, token_ids(1, 11), past_key_values=cache, use_cache=True)
+    layer = cache.layers[-1]
+    assert isinstance(layer, SynapseLayer) and layer.state is not None
+    cache.crop(-2)
+    assert layer.state is not None
+    cache.crop(-2)
+    assert layer.state is None
+
+
+def test_a_cache_follows_the_order_and_choice_of_rows() -> None:
+    ids = token_ids(3, 22)
+    cache = DynamicCache(config=SHARED.config)
+    logits(SHARED, ids[:, :10], past_key_values=cache, use_cache=True)
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    found = logits(SHARED, ids[order][:, 10:], past_key_values=cache, use_cache=True)
+    assert (found - logits(SHARED, ids[order])[:, 10:]).abs().max() <= CACHED
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    more = token_ids(2, 5, seed=4)
+    found = logits(SHARED, more, past_key_values=cache, use_cache=True)
+    again = logits(SHARED, torch.cat([ids[[0, 0]], more], dim=1))[:, 22:]
+    assert (found - again).abs().max() <= CACHED
+
+
+def generate_without_cache(model: LivingMoeForCausalLM, ids: Tensor, new: int) -> Tensor:
+    for _ in range(new):
+        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_generation_with_a_cache_is_generation_without(implementation: str | None) -> None:
+    ids = token_ids(2, 9)
+    found = SHARED.generate(
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation=implementation
+    )
+    assert torch.equal(found, generate_without_cache(SHARED, ids, 20))
+
+
+def test_beams_with_a_cache_are_beams_without() -> None:
+    ids = token_ids(2, 9)
+    options = dict(num_beams=3, max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(SHARED.generate(ids, **options), SHARED.generate(ids, use_cache=False, **options))
+
+
+def test_a_padded_batch_generates_what_its_rows_do() -> None:
+    ids = token_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
+    both = SHARED.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(both[0, 12:], SHARED.generate(ids[:1, 5:], **options)[0, 7:])
+    assert torch.equal(both[1], SHARED.generate(ids[1:], **options)[0])
+
+
+def test_assisted_decoding_is_plain_decoding() -> None:
+    ids = token_ids(1, 9)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    plain = SHARED.generate(ids, **options)
+    assert torch.equal(SHARED.generate(ids, assistant_model=living_model("mixtral"), **options), plain)
+    assert torch.equal(SHARED.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
+
+
+@settings(max_examples=15)
+@given(tokens=st.integers(1, 20), pads=st.tuples(*[st.integers(0, 8)] * 2), chunk=st.sampled_from([1, 3, 8]))
+def test_laying_out_and_gathering_give_back_every_real_token(tokens: int, pads: tuple[int, int], chunk: int) -> None:
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    for row, pad in enumerate(pads):
+        mask[row, : min(pad, tokens - 1)] = False
+    texts = read_texts((2, tokens), chunk, mask.device, mask)
+    values = torch.randn(2 * tokens, 3)
+    back = texts.gather(texts.lay_out(values)).view(2, tokens, 3)
+    assert torch.equal(back[mask], values.view(2, tokens, 3)[mask])
+    assert torch.equal(back[~mask], torch.zeros_like(back[~mask]))
+
+
+# -- population --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_splits_are_exact_with_synapses_at_work(family: str) -> None:
+    model = synaptic(family)
+    ids = token_ids(3, 24)
+    before = logits(model, ids)
+    for _ in range(2):
+        for layer in range(len(model.expert_counts)):
+            for uid in model.expert_uids(layer):
+                model.split_expert(layer, uid)
+        assert relative_difference(logits(model, ids), before) <= 1e-6
+    drift(model, 3, std=0.1)
+    before = logits(model, ids)
+    for layer in range(len(model.expert_counts)):
+        for uid in model.expert_uids(layer)[::3]:
+            model.split_expert(layer, uid)
+    assert relative_difference(logits(model, ids), before) <= 1e-6
+
+
+def test_a_newborn_inherits_expression_and_the_optimizers_memory_of_it() -> None:
+    model = synaptic().train()
+    optimizer = LivingAdamW(model)
+    ids = token_ids(2, 20)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    newborn = model.split_expert(0, 3, optimizer=optimizer).children[0]
+    uids, vectors = model.expert_uids(0), model.living_blocks[0].router.synapse.expression["trainable"]
+    assert torch.equal(vectors[uids.index(newborn)], vectors[uids.index(3)])
+    moments = optimizer.state[vectors]["exp_avg"]
+    assert torch.equal(moments[uids.index(newborn)], moments[uids.index(3)]) and moments[uids.index(3)].any()
+    optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def test_a_merge_within_a_clade_averages_expression() -> None:
+    model = synaptic()
+    newborn = model.split_expert(0, 3).children[0]
+    uids, vectors = model.expert_uids(0), model.living_blocks[0].router.synapse.expression["trainable"]
+    vectors.data[uids.index(newborn)] += 1.0
+    mean = (vectors[uids.index(newborn)] + vectors[uids.index(3)]).detach() / 2
+    model.merge_experts(0, [3, newborn])
+    vectors = model.living_blocks[0].router.synapse.expression["trainable"]
+    torch.testing.assert_close(vectors[model.expert_uids(0).index(3)].detach(), mean, atol=0.51, rtol=0)
+    assert not torch.equal(vectors[model.expert_uids(0).index(3)].detach(), mean - 0.5)
+
+
+def test_an_address_keeps_its_expression_when_its_expert_dies() -> None:
+    """A sibling with another key takes over: the address stays as a tombstone, and its synapse with it."""
+    model = synaptic()
+    newborn = model.split_expert(0, 3).children[0]
+    drift(model, 1, std=0.1)
+    block = model.living_blocks[0]
+    uids = model.expert_uids(0)
+    vector = block.router.synapse.expression["trainable"][uids.index(newborn)].detach().clone()
+    model.remove_expert(0, newborn)
+    assert torch.equal(block.router.synapse.tombstone_expression, vector[None])
+    logits(model, token_ids(2, 12))
+
+
+def test_saving_and_loading_keep_synapses_of_a_population_with_a_past(tmp_path: Path) -> None:
+    model = synaptic()
+    newborn = model.split_expert(0, 3).children[0]
+    model.freeze_expert(1, 2)
+    drift(model, 1, std=0.1)
+    model.remove_expert(0, newborn)
+    ids = token_ids(2, 24)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(LivingMoeForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+    other = synaptic(seed=5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    assert torch.equal(logits(copy.deepcopy(model), ids), logits(model, ids))
+
+
+def test_a_cache_from_before_an_event_is_refused() -> None:
+    model = synaptic()
+    cache = DynamicCache(config=model.config)
+    logits(model, token_ids(1, 8), past_key_values=cache, use_cache=True)
+    model.split_expert(0, 3)
+    with pytest.raises(LivingMoeError, match="new cache"):
+        logits(model, token_ids(1, 2), past_key_values=cache, use_cache=True)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"chunk": 0}, {"mode": "expectations"}, {"epsilon": 0.0}, {"stochastic_share": 0.0}, {"strength": 11.0},
+        {"seed": -1}, {"chunks": 4},
+    ],
+)  # fmt: skip
+def test_values_without_sense_are_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="synapse"):
+        SynapseConfig(**section)
+
+
+def test_searched_routers_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="router.search"):
+        living_model("mixtral", "synaptic-router", sections={"router": {"search": "two_stage"}})
+
+
+def test_continuous_batching_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="continuous batching"):
+        SHARED.init_continuous_batching()
+
+
+def test_an_export_of_synapses_at_work_is_refused_and_of_idle_ones_exact(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="synapses"):
+        living_moe.export(synaptic(), tmp_path / "no")
+    exported = living_moe.export(synaptic(strength=0.0), tmp_path / "yes")
+    ids = token_ids(2, 12)
+    assert torch.equal(logits(exported, ids), logits(living_model("mixtral"), ids))
+
+
+def test_tokens_with_no_text_given_are_one_text() -> None:
+    block = SHARED.living_blocks[0]
+    hidden = torch.randn(20, block.router.hidden_size)
+    passage = Passage(read_texts((1, 20), 4, hidden.device))
+    alone = block.router(hidden, block.population)
+    given = block.router(hidden, block.population, passage=passage)
+    assert all(torch.equal(a, b) for a, b in zip(alone, given, strict=True))
+    assert not torch.equal(alone[0], block.router.logits(hidden, block.router.keys(block.population.alive)))
