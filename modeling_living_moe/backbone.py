@@ -36,7 +36,7 @@ from living_moe.modeling_living_moe.router import Keys, LearnedTemperature, Livi
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.synapse.presynaptic import Presynapse
-from living_moe.modeling_living_moe.synapse.router import Expression, RouterSynapse
+from living_moe.modeling_living_moe.synapse.router import Expression, RouterSynapse, TombstoneExpression
 from living_moe.modeling_living_moe.ternary import PackedTernary
 from living_moe.modeling_living_moe.trend import LossTrend
 from living_moe.modeling_living_moe.vitals import Vitals
@@ -128,7 +128,7 @@ class LivingBackbone:
 _RESET = (
     DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend,
     PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields, RouterSynapse,
-    RowTable, StagnationDetector, TopAny, UpMaps, Vitals,
+    RowTable, StagnationDetector, TombstoneExpression, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

@@ -338,9 +338,9 @@ def adopt_sizes(block: LivingMoeBlock, prefix: str, state_dict: Mapping[str, Any
                 trains = block.router.trains(slab, "expression")
                 block.router.synapse.expression[slab] = nn.Parameter(vectors, requires_grad=trains)
     if block.router.synapse is not None:
-        tensor = state_dict.get(f"{prefix}router.synapse.tombstone_expression")
-        if tensor is not None and tensor.shape != block.router.synapse.tombstone_expression.shape:
-            block.router.synapse.tombstone_expression = torch.zeros_like(tensor, device=device)
+        tensor = state_dict.get(f"{prefix}router.synapse.tombstones.expression")
+        if tensor is not None and tensor.shape != block.router.synapse.tombstones.expression.shape:
+            block.router.synapse.tombstones.expression = torch.zeros_like(tensor, device=device)
     for name in _TABLES:
         tensor = state_dict.get(f"{prefix}population.{name}")
         if tensor is not None and tensor.shape != getattr(block.population, name).shape:

@@ -245,9 +245,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             passage=self._passage(given, mask, position_ids, past_key_values) if synaptic else None,
         )
 
-    def _passage(
-        self, given: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
-    ) -> Passage:
+    def _passage(self, given: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Passage:
         """The texts of a pass, and what the cache knows of their synapses."""
         history = synapse_layer(cache)
         shape = (given.shape[0], given.shape[1])

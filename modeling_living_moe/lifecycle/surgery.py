@@ -203,7 +203,7 @@ class LayerDraft:
         self.normals: list[Tensor] = list(population.facet_normal)
         self.offsets: list[float] = population.facet_offset.tolist()
         synapse = block.router.synapse
-        expression = [None] * len(population.tombstones) if synapse is None else synapse.tombstone_expression.float()
+        expression = [None] * len(population.tombstones) if synapse is None else synapse.tombstones.expression
         self.tombstones = [
             DraftTombstone(t.uid, t.clade, t.field, t.group, t.heir, *address)
             for t, *address in zip(
@@ -570,7 +570,7 @@ class LayerDraft:
         def commit() -> None:
             population.write_tombstones(places, keys, biases)
             if synapse is not None:
-                synapse.write_tombstones(vectors)
+                synapse.tombstones.write(vectors)
 
         return commit
 

@@ -5,9 +5,10 @@ The score of an address gets
     strength * log(epsilon + q n / g),
 
 q n what the edge would release now, g the running mean of what tokens released, per text and without a gradient (it
-moves all scores of a token alike, so that they neither sink nor rise with use); `strength` is learned and starts at 0, where nothing changes. A token is scored with the state after the chunk before it and drives each clade
-by its own soft routing: the softmax (or normalised sigmoid) of the scores so changed, over the clades it sees. Nothing
-harder: soft probabilities are differentiable in every score, need no choice, and change little when a choice flips.
+moves all scores of a token alike, so that they neither sink nor rise with use). `strength` is learned and starts at 0,
+where nothing changes. A token is scored with the state at the start of its chunk and drives each clade by its own soft
+routing: the softmax (or normalised sigmoid) of the scores so changed, over the clades it sees. Nothing harder: soft
+probabilities are differentiable in every score, need no choice, and change little where a choice flips.
 
 Drive is shared by all addresses of a clade, expression is an address's own. So a split, which copies expression, is
 exact: parent and newborn are in one state, and stay so until their expression parts. Expression belongs to the address,
@@ -29,7 +30,7 @@ from transformers import initialization as init
 from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import SynapseConfig
 from living_moe.modeling_living_moe.families import Scoring
-from living_moe.modeling_living_moe.population import Population, View, sort_slabs
+from living_moe.modeling_living_moe.population import KeepsDtype, Population, View, sort_slabs
 from living_moe.modeling_living_moe.synapse.presynaptic import (
     MOLECULES,
     STATE_SIZE,
@@ -119,13 +120,31 @@ class Expression(nn.ParameterDict):
             init.zeros_(vectors)
 
 
+class TombstoneExpression(KeepsDtype):
+    """Expression vectors of the addresses without an expert, fp32 (D, X)."""
+
+    expression: Tensor
+
+    def __init__(self, count: int):
+        super().__init__()
+        # A model that is loaded in bf16 is built with bf16 as the default.
+        self.register_buffer("expression", torch.zeros(count, len(MOLECULES), dtype=torch.float32))
+
+    def write(self, vectors: Sequence[Tensor]) -> None:
+        """Replace them by these, (X,) each."""
+        self.expression = torch.stack([v.to(self.expression) for v in vectors]) if vectors else self.expression[:0]
+
+    def reset_parameters(self) -> None:
+        """None: a fresh population has no tombstones; leaves alone what a checkpoint has loaded."""
+        if not getattr(self.expression, "_is_hf_initialized", False):
+            self.expression = self.expression.new_zeros(0, len(MOLECULES))
+
+
 class RouterSynapse(nn.Module):
     """Short-term memory of one router's edges.
 
-    Parameters: `expression`, `presynapse.scalars`, and `strength` (1,). Buffer: `tombstone_expression` (D, X).
+    Parameters: `expression`, `presynapse.scalars`, and `strength` (1,).
     """
-
-    tombstone_expression: Tensor
 
     def __init__(
         self,
@@ -145,11 +164,10 @@ class RouterSynapse(nn.Module):
         for name, capacity in capacities.items():
             if capacity:
                 self.expression[name] = nn.Parameter(torch.zeros(capacity, len(MOLECULES)))
-        self.register_buffer("tombstone_expression", torch.zeros(num_tombstones, len(MOLECULES)))
+        self.tombstones = TombstoneExpression(num_tombstones)
 
     def reset_parameters(self) -> None:
         init.constant_(self.strength, self.settings.strength)
-        init.zeros_(self.tombstone_expression)
 
     def forward(
         self,
@@ -194,8 +212,8 @@ class RouterSynapse(nn.Module):
         num_texts, num_chunks, length = texts.grid
         root = population.view(0, logits_TA.device)
         vectors = self.expression(population.alive)
-        if len(self.tombstone_expression):
-            vectors = torch.cat([vectors.float(), self.tombstone_expression.float()])
+        if len(self.tombstones.expression):
+            vectors = torch.cat([vectors.float(), self.tombstones.expression])
         turn = float(len(root.address_N))
         own_rates = self.presynapse.rates(vectors, turn)
         weights = chunk_weights(own_rates, length)
@@ -237,11 +255,6 @@ class RouterSynapse(nn.Module):
         if record:
             passage.traces[self.layer] = self._trace(texts, drives, states)
         return changed_TA.to(logits_TA.dtype)
-
-    def write_tombstones(self, vectors: Sequence[Tensor]) -> None:
-        """Replace the vectors (X,) of the tombstones."""
-        table = self.tombstone_expression
-        self.tombstone_expression = torch.stack([v.to(table) for v in vectors]) if vectors else table[:0]
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -322,7 +335,7 @@ class RouterSynapse(nn.Module):
                 routed = self._soft(changed.gather(2, here))
                 carried = (routed.detach() * quanta.unsqueeze(1).expand_as(changed).gather(2, here)).sum(-1)
                 own = torch.nn.functional.pad(routed, (0, 1))[..., view.column_A]
-            if drive is None or mine is None:
+            if drive is None or released is None or mine is None:
                 drive, released = own, carried
             else:
                 drive = torch.where(mine[:, number], own, drive)
@@ -344,9 +357,7 @@ class RouterSynapse(nn.Module):
         return binomial_release(seed, self.settings.stochastic_share, (num_texts, len(vectors)), vectors.device)
 
 
-def binomial_release(
-    seed: tuple[int, int, int], share: float, shape: tuple[int, int], device: torch.device
-) -> Sampler:
+def binomial_release(seed: tuple[int, int, int], share: float, shape: tuple[int, int], device: torch.device) -> Sampler:
     """Release as a whole number of vesicles on a share of the edges, with the gradient of its expectation.
 
     Args:
@@ -376,4 +387,4 @@ def binomial_release(
     return sample
 
 
-__all__ = ["Expression", "Passage", "RouterSynapse", "binomial_release"]
+__all__ = ["Expression", "Passage", "RouterSynapse", "TombstoneExpression", "binomial_release"]

@@ -1,4 +1,4 @@
-"""Which tokens of a pass belong to which text, and to which chunk of it; and the cache that carries texts between passes.
+"""Which tokens of a pass belong to which text and chunk of it, and the cache that carries texts between passes.
 
 Synapses count in tokens of a text: padding is not there, a text packed behind another begins anew, and a chunk is c
 tokens from a multiple of c on, whatever pieces a text is read in. So the tokens of a pass are laid out on a grid of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class SynapseLayer(DynamicLayer, DummyLayer):
 
     Being a layer, it follows beam reordering, cropping, batch selection and reset. It keeps, in fp32, every past
     token's number, whether it is real, and its drives in every living layer as keys (B, 1, P, 2 + F), and values of
-    width 0. Drives determine the state, so `state` (B, any), that of each row's last full chunk, only saves reading them
-    again, and goes when cropping reaches behind it.
+    width 0. Drives determine the state, so `state` (B, any), that of each row's last full chunk, only saves reading
+    them again, and goes when cropping reaches behind it.
     """
 
     supports_early_init = False
@@ -57,7 +58,7 @@ class SynapseLayer(DynamicLayer, DummyLayer):
         self.state = None
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         if self.state is not None:
             self.state = self.state.index_select(0, beam_idx.to(self.state.device))
         super().reorder_cache(beam_idx)
@@ -136,7 +137,7 @@ class Texts:
         return flat.index_select(0, self.place.flatten())
 
     def past(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache kept (B * P, any), on the first chunks of the grid, and where it is: bool (G, chunks, c, 1)."""
+        """What the cache kept (B * P, any), on the first chunks of the grid, and where: bool (G, chunks, c, 1)."""
         assert self.past_of is not None
         index = self.past_of[:, : self.past_chunks]
         return kept[index.clamp(min=0)], (index >= 0).unsqueeze(-1)

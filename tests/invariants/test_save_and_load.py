@@ -21,12 +21,15 @@ from living_moe.modeling_living_moe.gradient_sketch import SKETCH
 IDS = mixed_text(3, 12)
 EVENTS = 50
 LIVES = [(family, preset) for family in FAMILIES for preset in ("grow", "frozen-graft")]
+LIVES += [("mixtral", "synaptic-router"), ("deepseek_v3", "synaptic-router")]
+#: Synapses that are at work from the start.
+SECTIONS = {"synaptic-router": {"synapse": {"chunk": 4, "strength": 1.5}}}
 
 
 @functools.cache
 def lived(family: str, preset: str) -> LivingMoeForCausalLM:
     """After training passes that leave vitals, and 50 random events with drift between."""
-    model = living_model(family, preset).train()
+    model = living_model(family, preset, sections=SECTIONS.get(preset)).train()
     for seed in range(3):
         model(mixed_text(4, 10, seed))
         model.lifecycle_step()
@@ -127,7 +130,7 @@ def test_no_spare_slot_and_no_dead_expert_is_written(tmp_path: Path) -> None:
 
 def fresh(family: str, preset: str) -> LivingMoeForCausalLM:
     """Another model of the same backbone that has lived otherwise."""
-    model = living_model(family, preset, seed=5)
+    model = living_model(family, preset, sections=SECTIONS.get(preset), seed=5)
     live(model, 8, seed=5)
     return model
 

@@ -117,7 +117,8 @@ def test_calcium_of_a_chunk_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "peaked", "mean", "most"), [(8, 1.0, 0.01, 0.1), (32, 1.0, 0.01, 0.2), (32, 2.0, 0.04, 0.7), (64, 1.0, 0.02, 0.3)]
+    ("chunk", "peaked", "mean", "most"),
+    [(8, 1.0, 0.01, 0.1), (32, 1.0, 0.01, 0.2), (32, 2.0, 0.04, 0.7), (64, 1.0, 0.02, 0.3)],
 )
 def test_a_chunk_of_a_turn_at_most_is_close_to_its_tokens(chunk: int, peaked: float, mean: float, most: float) -> None:
     """Errors in the log of what edges release, at the starts of chunks, against step size 1."""

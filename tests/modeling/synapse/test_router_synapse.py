@@ -241,7 +241,9 @@ def test_token_by_token_with_the_reference_step() -> None:
 
 
 @settings(max_examples=12)
-@given(cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), pads=st.tuples(*[st.integers(0, 15)] * 3))
+@given(
+    cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), pads=st.tuples(*[st.integers(0, 15)] * 3)
+)
 def test_any_pieces_of_padded_rows_are_the_rows_alone(cuts: set[int], seed: int, pads: tuple[int, ...]) -> None:
     model, ids = SHARED, token_ids(3, 40, seed)
     ends = [*sorted(cuts), 40]
@@ -435,7 +437,7 @@ def test_an_address_keeps_its_expression_when_its_expert_dies() -> None:
     uids = model.expert_uids(0)
     vector = block.router.synapse.expression["trainable"][uids.index(newborn)].detach().clone()
     model.remove_expert(0, newborn)
-    assert torch.equal(block.router.synapse.tombstone_expression, vector[None])
+    assert torch.equal(block.router.synapse.tombstones.expression, vector[None])
     logits(model, token_ids(2, 12))
 
 
