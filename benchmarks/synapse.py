@@ -1,6 +1,6 @@
 """What synapses cost: a training step of a small Mixtral with router synapses beside the same without.
 
-    python benchmarks/synapse.py [--experts 64] [--tokens 512] [--chunks 32 64] [--rounds 7] [--save]
+    python benchmarks/synapse.py [--experts 64] [--tokens 512] [--chunks 32 48 64] [--rounds 7] [--save]
 
 All arms are in one process and take turns; a figure is the median over rounds of the ratio to the arm without synapses
 in the same round. A step is forward, loss, backward, `LivingAdamW` step and zero_grad, one thread, fp32, hidden 256,
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--save", action="store_true", help="write the tables to benchmarks/results/synapse.md")
     options = parser.parse_args()

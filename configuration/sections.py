@@ -364,7 +364,7 @@ class SynapseConfig(Section):
     #: Routers have synapses (see synapse/router.py).
     router: bool = False
     #: Tokens after which the state of a text's synapses advances; 1 is the exact recurrence, more is faster.
-    chunk: int = 32
+    chunk: int = 48
     #: Release in training: its expectation, or stochastic: whole vesicles on some edges. Else always the expectation.
     mode: str = "expectation"
     #: stochastic: share of the edges of a text that draw.

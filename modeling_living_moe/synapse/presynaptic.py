@@ -63,7 +63,7 @@ SCALARS: dict[str, tuple[float, float, float]] = {
 
 
 class PresynapticState(NamedTuple):
-    """fp32. `pools` (G, N, 4): D, R, and the early and the late stage of U; the others (G, N)."""
+    """fp32. `pools` (G, N, 4): D, the early and the late stage of U, and R; the others (G, N)."""
 
     calcium: Tensor
     snare: Tensor
@@ -92,9 +92,9 @@ class Rates(NamedTuple):
     per_syt1: Tensor  # inverse of the calcium that half opens the fast sensor, the clamp included
     per_syt7: Tensor  # inverse squares and inverse of the slow sensors' half points
     per_doc2: Tensor
-    syt1: Tensor  # greatest share of each sensor
-    syt7: Tensor
-    doc2: Tensor
+    past_syt1: Tensor  # least probability of staying shut, of each sensor
+    past_syt7: Tensor
+    past_doc2: Tensor
     priming: Tensor  # fractions per token
     docking: Tensor
     undocking: Tensor
@@ -110,20 +110,21 @@ def over_sequences(rates: Rates, sequences: int) -> Rates:
 
 
 class Drive(NamedTuple):
-    """A chunk's drive, summed up as the state needs it, each (G, N)."""
+    """A chunk's drive, summed up as the state needs it."""
 
-    mean: Tensor  # of the drives
-    calcium: Tensor  # what they leave at the end of the chunk
-    mean_calcium: Tensor  # what they leave on average, before each token
+    calcium: Tensor  # (2, G, N): what the drives leave on average before each token, and at the end of the chunk
+    mean: Tensor  # (G, N), of the drives
     tokens: int
 
 
 class ChunkWeights(NamedTuple):
-    """Weights of the tokens of a chunk in `Drive`, (2, c, N), and how much of the first calcium lasts, (N,) each."""
+    """What is the same for every chunk of a pass."""
 
-    weights: Tensor
-    left: Tensor
-    left_mean: Tensor
+    weights: Tensor  # (3, c, N), of the tokens in `Drive`: calcium on average and at the end, and the mean
+    left: Tensor  # (2, 1, N), how much of the first calcium is there on average and at the end
+    moves: Tensor  # (5, 16), what a fraction that moves adds to the flat transition matrix
+    still: Tensor  # (16,), the matrix in which nothing moves
+    costs: Tensor  # (3,), energy per vesicle released, endocytosed, refilled
     tokens: int
 
 
@@ -176,9 +177,9 @@ class Presynapse(nn.Module):
             per_syt1=1.0 / (1.5 * clamped),
             per_syt7=shared["syt7_half"] ** -2 + torch.zeros_like(clamped),
             per_doc2=1.0 / shared["doc2_half"] + torch.zeros_like(clamped),
-            syt1=xi["syt1"],
-            syt7=xi["syt7"],
-            doc2=DOC2_SHARE * xi["doc2"],
+            past_syt1=1.0 - xi["syt1"],
+            past_syt7=1.0 - xi["syt7"],
+            past_doc2=1.0 - DOC2_SHARE * xi["doc2"],
             priming=fraction(shared["priming"] * 2.0 * (0.5 + xi["nsf"]) * availability),
             docking=fraction(shared["docking"] * 2.0 * mobile * active_zone),
             undocking=fraction(shared["undocking"]) + torch.zeros_like(clamped),
@@ -193,7 +194,7 @@ def rest(rates: Rates) -> PresynapticState:
     """The fixed point without drive: no calcium, everything primed, docking and undocking in balance."""
     docked = VESICLES * rates.docking / (rates.docking + rates.undocking)
     none, full = torch.zeros_like(docked), torch.ones_like(docked)
-    pools = torch.stack([docked, VESICLES - docked, none, none], dim=-1)
+    pools = torch.stack([docked, none, none, VESICLES - docked], dim=-1)
     return PresynapticState(none, full, full, pools)
 
 
@@ -204,16 +205,29 @@ def release_probability(calcium: Tensor, rates: Rates) -> Tensor:
     complexin; the slow one (Syt7, cooperativity 2) and the tail (Doc2, half at little calcium) see the residue.
     """
     fourth = ((calcium + rates.influx) * rates.per_syt1).square().square()
-    stays = 1.0 - rates.syt1 * (fourth / (1.0 + fourth))
     square = calcium.square() * rates.per_syt7
-    stays = stays * (1.0 - rates.syt7 * (square / (1.0 + square)))
     tail = calcium * rates.per_doc2
-    return 1.0 - stays * (1.0 - rates.doc2 * (tail / (1.0 + tail)))
+    # 1 - share x / (1 + x), for each sensor.
+    fast = (1.0 + rates.past_syt1 * fourth) / (1.0 + fourth)
+    slow = (1.0 + rates.past_syt7 * square) / (1.0 + square)
+    low = (1.0 + rates.past_doc2 * tail) / (1.0 + tail)
+    return 1.0 - fast * slow * low
 
 
 def released_content(state: PresynapticState, probability: Tensor, rates: Rates) -> Tensor:
     """q n of a spike, (G, N): what a message would weigh now. `probability` is p of the state's calcium."""
     return rates.quantum * state.pools[..., 0] * state.snare * probability
+
+
+#: What a fraction that moves adds to the flat transition matrix (to, from) of D, U, U', R: D -> U, U -> U', U' -> R,
+#: R -> D, D -> R.
+_MOVES = (
+    (-1.0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 0, -1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 1, 0),
+    (0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1),
+    (-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0),
+)
 
 
 def chunk_weights(rates: Rates, tokens: int) -> ChunkWeights:
@@ -225,14 +239,22 @@ def chunk_weights(rates: Rates, tokens: int) -> ChunkWeights:
     at_end = rates.influx * decay**lasts
     # Sum of decay ** k over the tokens after it.
     on_average = rates.influx * (decay - decay**lasts) / ((1.0 - decay) * c)
-    left = decay**c
-    return ChunkWeights(torch.stack([at_end, on_average]), left, (1.0 - left) / ((1.0 - decay) * c), c)
+    end = decay**c
+    left = torch.stack([(1.0 - end) / ((1.0 - decay) * c), end]).unsqueeze(1)
+    return ChunkWeights(
+        weights=torch.stack([on_average, at_end, torch.full_like(at_end, 1.0 / c)]),
+        left=left,
+        moves=decay.new_tensor(_MOVES),
+        still=torch.eye(4, device=decay.device, dtype=decay.dtype).flatten(),
+        costs=decay.new_tensor([RELEASE_COST, ENDOCYTOSIS_COST, PUMP_COST]),
+        tokens=c,
+    )
 
 
 def sum_up(drive: Tensor, weights: ChunkWeights) -> Drive:
     """Drives of a chunk's tokens (G, c, N), each in [0, 1], as the state needs them."""
-    at_end, on_average = (drive.unsqueeze(0) * weights.weights.unsqueeze(1)).sum(2).unbind()
-    return Drive(drive.mean(1), at_end, on_average, weights.tokens)
+    sums = (drive.unsqueeze(0) * weights.weights.unsqueeze(1)).sum(2)
+    return Drive(sums[:2], sums[2], weights.tokens)
 
 
 def advance(
@@ -244,25 +266,25 @@ def advance(
         sample: Draws what is released instead of taking the expectation.
     """
     c = drive.tokens
-    calcium = weights.left * state.calcium + drive.calcium
-    typical = weights.left_mean * state.calcium + drive.mean_calcium
-    typical_probability, probability = release_probability(torch.stack([typical, calcium]), rates).unbind()
+    calcium = torch.addcmul(drive.calcium, weights.left, state.calcium)
+    typical_probability, probability = release_probability(calcium, rates).unbind()
     vigour = state.energy * (1.0 + HALF_ENERGY) / (state.energy + HALF_ENERGY)
     priming = rates.priming * vigour
     use = drive.mean * typical_probability
     snare, typical_snare = _relax(state.snare, priming, SNARE_USE * use, c)
-    fraction = use * typical_snare
-    docked = state.pools[..., 0]
+    released = use * typical_snare
     if sample is not None:
-        fraction = sample(fraction, docked, c)
-    docking, late = rates.docking * vigour, rates.late * vigour
-    pools = _circulate(state.pools, fraction, docking, rates.undocking, rates.early, late, c)
-    typical_pools = 0.5 * (state.pools + pools)
-    typical_docked, _, typical_early, typical_late = typical_pools.unbind(-1)
-    cost = RELEASE_COST * fraction * typical_docked + ENDOCYTOSIS_COST * rates.early * typical_early
-    cost = cost + PUMP_COST * late * typical_late + PRIMING_COST * priming * (1.0 - typical_snare)
-    energy, _ = _relax(state.energy, rates.supply, cost / (1.0 + cost), c)
-    return PresynapticState(calcium, snare, energy, pools), probability
+        released = sample(released, state.pools[..., 0], c)
+    undocked = rates.undocking * (1.0 - released)
+    moves = torch.stack(
+        torch.broadcast_tensors(released, rates.early, rates.late * vigour, rates.docking * vigour, undocked), dim=-1
+    )
+    pools = _circulate(state.pools, moves, weights)
+    # What moves pays, by the means before and after.
+    paid = moves[..., :3] * (state.pools + pools)[..., :3] @ (0.5 * weights.costs)
+    cost = paid + PRIMING_COST * (priming * (1.0 - typical_snare))
+    energy = _relax(state.energy, rates.supply, cost / (1.0 + cost), c)[0]
+    return PresynapticState(calcium[1], snare, energy, pools), probability
 
 
 def _relax(value: Tensor, gain: Tensor, loss: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -278,26 +300,13 @@ def _relax(value: Tensor, gain: Tensor, loss: Tensor, tokens: int) -> tuple[Tens
     return value - distance * done, target + distance * (done / (change * tokens))
 
 
-#: What a fraction that moves adds to the flat transition matrix (to, from): D -> U, R -> D, D -> R, U -> U', U' -> R.
-_MOVES = (
-    (-1.0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0),
-    (0, 1, 0, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-    (-1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-    (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 1, 0),
-    (0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, -1),
-)
-
-
-def _circulate(
-    pools: Tensor, released: Tensor, docking: Tensor, undocking: Tensor, early: Tensor, late: Tensor, tokens: int
-) -> Tensor:
-    """Pools (G, N, 4) after `tokens` tokens in which these fractions move: D -> U, R -> D, D -> R, U -> U', U' -> R."""
-    moves = torch.broadcast_tensors(released, docking, undocking * (1.0 - released), early, late)
-    change = torch.stack(moves, dim=-1) @ released.new_tensor(_MOVES)
+def _circulate(pools: Tensor, moves: Tensor, weights: ChunkWeights) -> Tensor:
+    """Pools (G, N, 4) after a chunk in each of whose tokens these fractions (G, N, 5) move."""
+    matrix = torch.addmm(weights.still, moves.flatten(0, -2), weights.moves)
     # Rounding must not make a rest negative, nor add up over a long text.
-    matrix = (torch.eye(4, device=pools.device, dtype=pools.dtype) + change.unflatten(-1, (4, 4))).clamp(min=0.0)
-    moved = (torch.linalg.matrix_power(matrix, tokens) @ pools.unsqueeze(-1)).squeeze(-1)
-    return moved * (VESICLES / moved.sum(-1, keepdim=True))
+    matrix = matrix.clamp(min=0.0).view(-1, 4, 4)
+    moved = torch.linalg.matrix_power(matrix, weights.tokens) @ pools.reshape(-1, 4, 1)
+    return (moved * (VESICLES / moved.sum(1, keepdim=True))).view(pools.shape)
 
 
 __all__ = [

@@ -16,6 +16,7 @@ from living_moe.training.optimizers import LivingAdamW
 
 SWITCHES = TrainableConfig.field_names()
 ROUTER = {"query_network": "mlp"}
+SYNAPSE = {"router": True, "strength": 0.5, "chunk": 2}
 
 
 def concern(name: str) -> str | None:
@@ -23,6 +24,8 @@ def concern(name: str) -> str | None:
     parts = name.split(".")
     if parts[-3:-1] == ["router", "keys"]:
         return {"frozen": "frozen_keys", "trainable": "keys"}[parts[-1]]
+    if "synapse" in parts:
+        return "synapses"
     if "experts" in parts:
         return None
     if "query" in parts:
@@ -45,6 +48,8 @@ def expected(model: nn.Module, trainable: dict[str, bool]) -> dict[str, bool]:
     for name, _ in model.named_parameters():
         switch = concern(name)
         found[name] = not is_frozen_expert(name) if switch is None else trainable.get(switch, True)
+        if name.endswith(".expression.frozen"):  # part of an address, like the key
+            found[name] &= trainable.get("frozen_keys", True)
     return found
 
 
@@ -70,7 +75,7 @@ MAKERS = {"config": from_config, "graft": from_graft}
 @pytest.mark.parametrize("origin", MAKERS)
 def test_each_switch_decides_over_its_parameters_and_no_others(origin: str, family: str, switch: str, on: bool) -> None:
     trainable = dict.fromkeys(SWITCHES, not on) | {switch: on}
-    model = MAKERS[origin](family, {"trainable": trainable, "router": ROUTER})
+    model = MAKERS[origin](family, {"trainable": trainable, "router": ROUTER, "synapse": SYNAPSE})
     assert actual(model) == expected(model, trainable)
     present = {concern(name) for name in actual(model)}
     # There are no shared experts in Mixtral, and no trainable slab before the first newborn.
@@ -165,10 +170,11 @@ def test_keys_of_frozen_experts_move_by_gradient_by_plasticity_by_both_or_not_at
 @pytest.mark.parametrize("switch", [switch for switch in SWITCHES if switch != "keys"])
 def test_only_what_is_named_changes_in_training(switch: str) -> None:
     trainable = dict.fromkeys(SWITCHES, False) | {switch: True}
-    model = from_graft("deepseek_v3", {"trainable": trainable, "plasticity": {"enabled": False}})
+    model = from_graft("deepseek_v3", {"trainable": trainable, "plasticity": {"enabled": False}, "synapse": SYNAPSE})
     before, after = steps(model)
+    trains = expected(model, trainable)
     for name, value in after.items():
-        assert torch.equal(value, before[name]) == (concern(name) != switch), name
+        assert torch.equal(value, before[name]) != trains[name], name
 
 
 def test_a_graft_by_some_is_exact() -> None:

@@ -71,9 +71,8 @@ def spelt_out(drive: list[float], edge: dict[str, float]) -> list[dict[str, floa
         C, Q, E, D, R, U, V = (now[name] for name in "CQEDRUV")
         fast = ((C + edge["influx"]) * edge["per_syt1"]) ** 4
         slow, tail = C**2 * edge["per_syt7"], C * edge["per_doc2"]
-        p = 1 - (1 - edge["syt1"] * fast / (1 + fast)) * (1 - edge["syt7"] * slow / (1 + slow)) * (
-            1 - edge["doc2"] * tail / (1 + tail)
-        )
+        sensors = ((edge["past_syt1"], fast), (edge["past_syt7"], slow), (edge["past_doc2"], tail))
+        p = 1 - math.prod(1 - (1 - past) * x / (1 + x) for past, x in sensors)
         vigour = 1.5 * E / (E + 0.5)
         priming, docking, late = edge["priming"] * vigour, edge["docking"] * vigour, edge["late"] * vigour
         leaves = a * Q * p
@@ -105,7 +104,7 @@ def test_a_step_of_one_token_is_the_equations_spelt_out() -> None:
         of_edge = {name: value[edge].item() for name, value in rates._asdict().items()}
         last = spelt_out(drive[0, :, edge].tolist(), of_edge)[-1]
         found = [state.calcium[0, edge], state.snare[0, edge], state.energy[0, edge], *state.pools[0, edge]]
-        for value, name in zip(found, "CQEDRUV", strict=True):
+        for value, name in zip(found, "CQEDUVR", strict=True):
             assert value.item() == pytest.approx(last[name], rel=2e-4, abs=1e-5), name
 
 
@@ -178,8 +177,8 @@ def test_a_spike_primes_before_it_tires() -> None:
 #: What more of each molecule does at once: to which rate, and in which direction.
 EFFECTS = {
     "pv": ("decay", -1), "cam": ("decay", 1), "rim": ("influx", 1), "munc13": ("priming", 1), "munc18": ("priming", -1),
-    "nsf": ("priming", 1), "csp": ("priming", 1), "syt1": ("syt1", 1), "syt7": ("syt7", 1),
-    "complexin": ("per_syt1", -1), "doc2": ("doc2", 1), "synapsin": ("docking", 1), "actin": ("docking", 1),
+    "nsf": ("priming", 1), "csp": ("priming", 1), "syt1": ("past_syt1", -1), "syt7": ("past_syt7", -1),
+    "complexin": ("per_syt1", -1), "doc2": ("past_doc2", -1), "synapsin": ("docking", 1), "actin": ("docking", 1),
     "clathrin": ("early", 1), "dynamin": ("early", 1), "rab": ("late", 1), "v_atpase": ("late", 1),
     "vdac": ("supply", 1), "vglut": ("quantum", 1), "sv2": ("quantum", 1),
 }  # fmt: skip
