@@ -219,7 +219,7 @@ def graft(source: PreTrainedModel, config: LivingMoeConfig, *, copy_tensors: boo
 
     device = source.device
     handed_over = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers())
-    renew_tables(living, device)
+    renew_tables(living, device, source.dtype)
     for name, tensor in handed_over.items():
         value = tensor.detach().clone() if copy_tensors else tensor.detach()
         place(living, name_here(name), value)
@@ -255,8 +255,8 @@ def living_block_names(source: PreTrainedModel, family: Family) -> list[str]:
     return [f"{name}." for name, module in source.named_modules() if isinstance(module, family.block_class)]
 
 
-def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
-    """Rebuild, on a real device, the tables of our own that a model built on meta lacks."""
+def renew_tables(living: LivingMoeForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
+    """Rebuild, on a real device, the tables of our own that a model built on meta lacks; `dtype` is the source's."""
     base = living.model
     for block in living.living_blocks:
         capacities = block.capacities()
@@ -267,8 +267,7 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device) -> None:
         )
         router.selection = selection_rule(router.scoring, living.config.router).to(device)
         if router.synapse is not None:
-            settings, dtype = living.config.synapse, next(router.parameters()).dtype
-            synapse = RouterSynapse(settings, router.scoring, capacities, block.layer)
+            synapse = RouterSynapse(living.config.synapse, router.scoring, capacities, block.layer)
             router.synapse = synapse.to(device, dtype).train(router.training)
         if block.plasticity is not None:
             block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)

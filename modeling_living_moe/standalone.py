@@ -7,7 +7,7 @@ the sizes of the state it is given.
 
 The block knows no labels. Load and gradients are measured; a loss only if `lifecycle_step(loss=...)` is told one, and
 the loss of single experts (`loss_fast`, `loss_slow`) never. What needs the whole model (receptive fields, plastic keys,
-packed experts, the writing of checkpoints) is `LivingMoeForCausalLM`'s.
+packed experts, synapses, the writing of checkpoints) is `LivingMoeForCausalLM`'s.
 
 H = d_model hidden, I = d_ff intermediate, E alive experts.
 """
@@ -114,6 +114,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             ("receptive_field.enabled", self.config.receptive_field.enabled),
             ("plasticity.enabled", self.config.plasticity.enabled),
             ("experts.packed", self.config.experts.packed),
+            ("synapse.router", self.config.synapse.router),
+            ("synapse.postsynaptic", self.config.synapse.postsynaptic),
         ):
             if asked:
                 raise ConfigurationError(f"{name} is True (preset {preset!r}), which needs a whole living model.")

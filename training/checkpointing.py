@@ -286,7 +286,8 @@ _ROW_OWNERS = ("experts", "population", "vitals", "plasticity", "postsynaptic")
 
 def _row_tensors(full: Iterable[str], prefix: str, slab: str) -> list[str]:
     starts = tuple(f"{prefix}{owner}.{slab}." for owner in _ROW_OWNERS)
-    return [name for name in full if name.startswith(starts) or name == f"{prefix}router.keys.{slab}"]
+    of_router = {f"{prefix}router.{owner}.{slab}" for owner in ("keys", "synapse.expression")}
+    return [name for name in full if name.startswith(starts) or name in of_router]
 
 
 def _padded(rows: Tensor, column: str, capacity: int) -> Tensor:

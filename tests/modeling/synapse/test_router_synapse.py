@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import drift, living_model, logits, relative_difference, source_model, token_ids
+from factories import drift, live, living_model, logits, relative_difference, source_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +16,7 @@ import living_moe
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.errors import ConfigurationError, ConversionError, LivingMoeError
 from living_moe.configuration.sections import SynapseConfig
+from living_moe.modeling_living_moe import router
 from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.synapse.router import Passage, RouterSynapse
 from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, read_texts
@@ -72,6 +73,15 @@ def test_a_graft_with_synapses_is_verified_exact() -> None:
     assert all(float(block.router.synapse.strength) == 0 for block in model.living_blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synapses_of_a_graft_have_the_dtype_of_its_keys_beside_a_learned_temperature(dtype: torch.dtype) -> None:
+    source = source_model("mixtral").to(dtype)
+    model = living_moe.convert(source, preset="synaptic-router", router={"learn_temperature": True}, verify=False)
+    for block in model.living_blocks:
+        assert block.router.learned_temperature.log_ratio.dtype == torch.float32
+        assert {parameter.dtype for parameter in block.router.synapse.parameters()} == {dtype}
+
+
 def test_bf16_keeps_states_in_fp32_and_strength_zero_exact() -> None:
     plain, model = living_model("mixtral").to(torch.bfloat16), synaptic(strength=0.0).to(torch.bfloat16)
     ids = token_ids(2, 30)
@@ -94,6 +104,22 @@ def test_gradients_reach_every_component_of_every_layer(chunk: int) -> None:
         assert (synapse.expression["trainable"].grad.abs().amax(dim=0) > 1e-9).all()
         assert (synapse.presynapse.scalars.grad.abs() > 1e-9).all()
         assert synapse.strength.grad.abs() > 0
+
+
+@pytest.mark.parametrize("events", [0, 8])
+def test_all_scores_keep_their_gradients_however_many_they_are(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With synapses the scores of the unchosen matter, so sparse gradients of scores do not."""
+    ids, gradients = token_ids(2, 20), []
+    for sparse_from in (0, 10**9):
+        monkeypatch.setattr(router, "SPARSE_FROM", sparse_from)
+        model = synaptic()
+        if events:
+            live(model, events, 5)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_strength_leaves_zero_by_its_own_gradient() -> None:
