@@ -1,4 +1,4 @@
-"""The `living-moe` command: convert, ternarize, export, inspect, lineage, pictures, experts, train, quickstart, card."""
+"""`living-moe`: convert, ternarize, export, inspect, lineage, pictures, experts, train, quickstart, card."""
 
 from __future__ import annotations
 

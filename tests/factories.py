@@ -189,7 +189,8 @@ def fast_model(family: str = "mixtral", preset: str = "grow", *, seed: int = 0, 
     `synapse`, and of `living_model`."""
     names = {name for name in options if name.startswith("postsynaptic")}
     synapse = {"postsynaptic": True, "postsynaptic_rank": 4, **{name: options.pop(name) for name in names}}
-    sections = {**options.pop("sections", {}), "synapse": synapse}
+    sections = dict(options.pop("sections", {}))
+    sections["synapse"] = {**sections.get("synapse", {}), **synapse}
     model = living_model(family, preset, sections=sections, **options)
     excite(model, seed)
     return model

@@ -112,6 +112,14 @@ def synaptic(family: str, preset: str = "grow", chunk: int = 3, grows: bool = Fa
     return model
 
 
+def both_sides(family: str) -> LivingMoeForCausalLM:
+    """Synapses at work in routers and in experts, with a past."""
+    model = fast_model(family, sections={"synapse": {"router": True, "chunk": 3, "strength": 1.5}})
+    drift(model, 4, std=0.1)
+    live(model, 12, seed=3)
+    return model
+
+
 CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "mixtral": lambda: living_model("mixtral"),
     "qwen": lambda: living_model("qwen3_moe"),
@@ -141,6 +149,7 @@ CASES: dict[str, Callable[[], LivingMoeForCausalLM]] = {
     "synaptic, step size 1": lambda: synaptic("qwen3_moe", chunk=1),
     "synaptic, grown": lambda: synaptic("deepseek_v3", grows=True),
     "synaptic, fields": lambda: synaptic("qwen3_moe", "frozen-graft", grows=True),
+    "plastic, synaptic, two timescales": lambda: both_sides("mixtral"),
     "plastic": lambda: living_model("mixtral"),
     "two timescales": lambda: fast_model("mixtral"),
     "plastic, two timescales": lambda: fast_model("qwen3_moe"),

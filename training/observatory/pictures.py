@@ -710,7 +710,7 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
     for axes, layer in zip(grid, layers, strict=True):
         place_E = over_time.of_layer(layer)
         keys_TED = np.stack([over_time[name][seen_T][:, place_E] for name in names], axis=2).astype(np.float64)
-        known_TE: Array = np.isfinite(keys_TED).all(2)
+        known_TE = np.asarray(np.isfinite(keys_TED).all(2))
         flat_TE2, factor = magnified(keys_TED @ principal_axes(keys_TED[known_TE]))
         if factor > 1:
             axes.set_title(f"{axes.get_title(loc='left')}, paths ×{factor}", loc="left", color=theme.ink, size=9.5)
