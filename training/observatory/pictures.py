@@ -286,15 +286,18 @@ def name_axes(grid: Sequence[Axes], theme: Theme, across: str, down: str) -> Non
             axes.set_ylabel(down, color=theme.muted, size=9)
 
 
-def label_points(
-    figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, float, float, str]], *, on: bool = False
-) -> None:
-    """Write labels beside points (or `on` them), the first first, and leave out whichever would cover another."""
+def label_points(figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, float, float, float, str]]) -> None:
+    """Write labels beside points, on those that are large, and leave out whichever would cover another before it.
+
+    Args:
+        wanted: Panel, place, radius of the point in typographic points, and text; the first have precedence.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where the panels are is settled
     taken: list[Any] = []
-    for axes, x, y, text in wanted:
-        for shift in ((0, 0), (0, 9), (0, -9)) if on else ((0, 7), (0, -7), (9, 0), (-9, 0)):
+    for axes, x, y, radius, text in wanted:
+        away = radius + 5
+        for shift in ((0, 0),) if radius >= 6 else ((0, away), (0, -away), (away, 0), (-away, 0)):
             align = {0: "center"}.get(shift[0], "left" if shift[0] > 0 else "right")
             note = axes.annotate(
                 text, (x, y), xytext=shift, textcoords="offset points", size=7, color=theme.ink, ha=align, va="center"
@@ -374,10 +377,11 @@ def expert_map(scene: Scene, theme: Theme) -> Figure:
         crowd = min(1.0, 24 / len(mine))
         ring = [1.3 if now["frozen"][one] > 0 else 0.5 for one in order]
         edges = [theme.ink if now["frozen"][one] > 0 else theme.muted for one in order]
+        areas = 14 + 420 * crowd * size_E[order] / largest
         axes.scatter(
             place_E2[rank, 0],
             place_E2[rank, 1],
-            s=14 + 420 * crowd * size_E[order] / largest,
+            s=areas,
             c=color[order],
             linewidths=ring,
             edgecolors=edges,
@@ -386,11 +390,14 @@ def expert_map(scene: Scene, theme: Theme) -> Figure:
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.margins(0.16)
-        wanted += [(axes, *place_E2[one], str(int(now.uid_E[mine[one]]))) for one in rank[:24]]
+        wanted += [
+            (axes, *place_E2[one], math.sqrt(area / math.pi), str(int(now.uid_E[mine[one]])))
+            for one, area in zip(rank[:24], areas, strict=False)
+        ]
     mappable = _mappable(theme.ramp, 0.0, top)
     unit = "load (uniform share is 1)" if shown == "load" else "energy"
     color_bar(figure, mappable, grid, theme, unit, extend="max" if shown == "load" else "neither")
-    label_points(figure, theme, wanted, on=len(now.layer_E) <= 24 * len(layers))
+    label_points(figure, theme, wanted)
     return figure
 
 
@@ -604,9 +611,10 @@ def load_by_class(scene: Scene, theme: Theme) -> Figure:
     size = 3.0 if most <= 16 else min(5.0, 0.13 * min(most, MOST_ROWS) + 1.0)
     figure, grid = panels(scene, theme, layers, "What experts read, by class of token", notes, size=size)
     image: Any = None
+    read_C = np.flatnonzero(sum(found.classes[layer].sum(0) for layer in layers))
     for axes, layer in zip(grid, layers, strict=True):
         mine = [row for row in found.rows if row.layer == layer]
-        counts_EC = found.classes[layer]
+        counts_EC = found.classes[layer][:, read_C]
         base_C = counts_EC.sum(0) / max(counts_EC.sum(), 1)
         kept = sorted(sorted(range(len(mine)), key=lambda e: -mine[e].tokens)[:MOST_ROWS])
         share_EC = counts_EC[kept] / np.maximum(counts_EC[kept].sum(1, keepdims=True), 1)
@@ -618,14 +626,15 @@ def load_by_class(scene: Scene, theme: Theme) -> Figure:
         axes.grid(visible=False)
         every = max(1, math.ceil(len(kept) / 20))
         axes.set_yticks(range(0, len(kept), every), [str(mine[e].uid) for e in kept[::every]], size=6.5)
-        axes.set_xticks(range(len(TOKEN_CLASSES)), TOKEN_CLASSES, rotation=60, ha="right", size=6.5)
+        names = [TOKEN_CLASSES[place].replace("_", " ") for place in read_C]
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", size=6.5)
     name_axes(grid, theme, "", "expert (uid)")
     color_bar(figure, image, grid, theme, "log2 of its share over the layer's", extend="both")
     return figure
 
 
 def radar(scene: Scene, theme: Theme) -> Figure:
-    """The top experts, by measured contribution or else load × health: each trait is a rank among all alive."""
+    """The top experts, by contribution or sensitivity if measured, else load × health; a trait is a rank among all."""
     now = scene.now
     traits, worth_E, by = _traits(scene, now)
     order = np.argsort(-worth_E, kind="stable")[:RADARS]
@@ -633,7 +642,7 @@ def radar(scene: Scene, theme: Theme) -> Figure:
     columns = min(3, count)
     rows = math.ceil(count / columns)
     notes = [f"by {by}", f"each trait is a rank among {len(worth_E):,} alive experts: the rim is the highest"]
-    figure = new_figure(theme, max(6.4, 3.3 * columns), 3.3 * rows + 1.0, f"The top {count} experts", scene, notes)
+    figure = new_figure(theme, max(6.4, 3.3 * columns), 3.7 * rows + 1.0, f"The top {count} experts", scene, notes)
     angles = np.linspace(0, 2 * np.pi, len(traits), endpoint=False)
     ranks = {name: percentile(values) for name, values in traits.items()}
     for place, one in enumerate(order.tolist()):
@@ -646,11 +655,11 @@ def radar(scene: Scene, theme: Theme) -> Figure:
         axes.set_ylim(0, 1)
         axes.set_yticks([0.25, 0.5, 0.75, 1.0], [])
         axes.set_xticks(angles, list(traits), size=7.5, color=theme.ink)
-        axes.tick_params(pad=1)
+        axes.tick_params(pad=3)
         axes.grid(color=theme.grid, linewidth=0.7)
         axes.spines["polar"].set_color(theme.grid)
         title = f"layer {now.layer_E[one]}, expert {now.uid_E[one]}"
-        axes.set_title(title, color=theme.ink, size=9.5, weight="bold", pad=12)
+        axes.set_title(title, color=theme.ink, size=9.5, weight="bold", pad=14)
     return figure
 
 
@@ -667,7 +676,7 @@ def _traits(scene: Scene, now: Snapshotted) -> tuple[dict[str, Array], Array, st
         "age": now["age"],
     }
     if "interference" in now.columns:
-        traits["undisturbed"] = -now["interference"]
+        traits["calm"] = -now["interference"]
     if "divergence" in now.columns:
         traits["improving"] = -now["divergence"]
     rows: dict[tuple[int, int], ExpertRow] = {}
@@ -677,9 +686,11 @@ def _traits(scene: Scene, now: Snapshotted) -> tuple[dict[str, Array], Array, st
     if not rows or any(row is None for row in mine):
         return traits, now["load"] * health(now), "load × health"
     known = [row for row in mine if row is not None]
-    traits["contribution"] = np.array([row.worth for row in known])
+    measured = all(row.contribution is not None for row in known)
+    name = "contribution" if measured else "sensitivity"
+    traits[name] = np.array([row.worth for row in known])
     traits["specialised"] = np.array([row.specialisation for row in known])
-    return traits, traits["contribution"], "contribution to the loss"
+    return traits, traits[name], "contribution to the loss" if measured else "how strongly the loss depends on them"
 
 
 def percentile(values_E: Array) -> Array:
@@ -744,7 +755,7 @@ def key_drift(scene: Scene, theme: Theme) -> Figure:
         moved.sort(key=lambda one: (-one[0], one[1]))
         still = still and (not moved or moved[0][0] == 0)
         wanted += [
-            (axes, *end, str(int(over_time.uid_E[place_E[expert]])))
+            (axes, *end, 2.0, str(int(over_time.uid_E[place_E[expert]])))
             for distance, expert, _, end in moved[:6]
             if distance > 0
         ]
