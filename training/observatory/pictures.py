@@ -298,7 +298,7 @@ def label_points(figure: Figure, theme: Theme, wanted: Sequence[tuple[Axes, floa
     for axes, x, y, radius, text in wanted:
         away = radius + 5
         for shift in ((0, 0),) if radius >= 6 else ((0, away), (0, -away), (away, 0), (-away, 0)):
-            align = {0: "center"}.get(shift[0], "left" if shift[0] > 0 else "right")
+            align = "center" if not shift[0] else "left" if shift[0] > 0 else "right"
             note = axes.annotate(
                 text, (x, y), xytext=shift, textcoords="offset points", size=7, color=theme.ink, ha=align, va="center"
             )
