@@ -9,9 +9,9 @@ from living_moe import LivingMoeConfig, LivingMoeForCausalLM
 from living_moe.configuration import PRESETS
 from tests.factories import FAMILIES, source_config, token_ids
 
-#: Zero by design: biases, the half of a low-rank delta that makes it change nothing at first, a learned temperature's
-#: logarithm of what it is of its first value.
-ZERO_AT_FIRST = re.compile(r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$")
+#: Zero by design: biases, the half of a low-rank delta that makes it change nothing at first, the strength of synapses,
+#: a learned temperature's logarithm of what it is of its first value.
+ZERO_AT_FIRST = re.compile(r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$|\.synapse\.strength$")
 
 
 def fresh(family: str, preset: str, seed: int = 0, **overrides: int) -> LivingMoeForCausalLM:
