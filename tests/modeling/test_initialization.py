@@ -10,8 +10,10 @@ from living_moe.configuration import PRESETS
 from tests.factories import FAMILIES, source_config, token_ids
 
 #: Zero by design: biases, the half of a low-rank delta that makes it change nothing at first, the strength of synapses,
-#: a learned temperature's logarithm of what it is of its first value.
-ZERO_AT_FIRST = re.compile(r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$|\.synapse\.strength$")
+#: and what is learned as the logarithm of a share of its first value (temperature, rates of synapses).
+ZERO_AT_FIRST = re.compile(
+    r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$|\.synapse\.(strength|presynapse\.scalars|expression\.\w+)$"
+)
 
 
 def fresh(family: str, preset: str, seed: int = 0, **overrides: int) -> LivingMoeForCausalLM:
