@@ -135,8 +135,9 @@ class HashRouter(nn.Module):
         self.table = torch.stack(rows)
         self.keys, self.selection, self.scoring = source.keys, source.selection, source.scoring
         self.d_key, self.ids = source.d_key, torch.zeros(0, dtype=torch.int64)
+        self.synapse = None
 
-    def forward(self, hidden_TH: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden_TH: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
         index_TK = self.table[self.ids.reshape(-1)]
         weights_TK = torch.full(index_TK.shape, 1 / TOP_K, dtype=hidden_TH.dtype)
         return hidden_TH, weights_TK, index_TK
