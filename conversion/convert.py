@@ -273,7 +273,7 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device, dtype: torc
             block.plasticity = KeyPlasticity(capacities, router.d_key).to(device)
         if block.escape is not None:
             escape = Escape(router.hidden_size, living.config.escape, block.layer)
-            block.escape = escape.to(device=device, dtype=living.dtype)
+            block.escape = escape.to(device=device, dtype=dtype)
         if block.postsynaptic is not None:
             block.postsynaptic = Postsynapse(capacities, block.experts, living.config.synapse).to(device)
             block.experts.fast = [block.postsynaptic]

@@ -28,29 +28,27 @@ from living_moe.modeling_living_moe.distributed import (
     world_size,
 )
 from living_moe.modeling_living_moe.drift import LOSS, NEW_DATA, SELF_PRESERVATION, step_signals
+from living_moe.modeling_living_moe.escape.api import EscapeMixin
 from living_moe.modeling_living_moe.escape.detector import GRADIENT as GRADIENT_TREND
 from living_moe.modeling_living_moe.escape.detector import LOSS as LOSS_TREND
-from living_moe.modeling_living_moe.escape.module import CLOSED, OPEN, STATES, Escape
 from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
 from living_moe.modeling_living_moe.lifecycle import operations
-from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent, LifecycleKind
+from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
-from living_moe.modeling_living_moe.lifecycle.operations import Reason, Surroundings
+from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
-from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, forget_state, join_optimizer
+from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
-from living_moe.modeling_living_moe.phi import measured_experts, phi_collapsed, phi_of
+from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
 from living_moe.modeling_living_moe.vitals import PHI, SHOWN, Sample, count_dtype, load_entropy
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
 
-REQUEST = Reason()
 
-
-class LifecycleMixin:
+class LifecycleMixin(EscapeMixin):
     """Populations, events and vitals of a model with `living_blocks`."""
 
     config: Any
@@ -555,106 +553,6 @@ class LifecycleMixin:
             yield self._happen(drafted, optimizer)
             return
         yield self._happen(single[proposal.kind](block, uid, around, proposal.reason), optimizer)
-
-    # -- topological escape ----------------------------------------------------------------------------------------
-
-    def escape_state(self, layer: int) -> str:
-        """Whether a block works in the other space of the section `escape`: closed, open, or leaving.
-
-        Raises:
-            PopulationError: No such layer, or `escape.space` is none.
-        """
-        return STATES[self._escape(layer).now.state]
-
-    def open_escape(self, layer: int, *, optimizer: Optimizer | None = None) -> LifecycleEvent:
-        """Let a block enter the other space, through a gate of zero: no output changes.
-
-        `lifecycle_step` does it when training stagnates and the layer's Φ has collapsed (see escape/detector.py).
-
-        Args:
-            optimizer: Forgets what it remembers of the map's parameters, so that the next step is their first.
-
-        Raises:
-            PopulationError: As `escape_state`, or the block is not closed.
-        """
-        escape = self._escape(layer)
-        if escape.now.state != CLOSED:
-            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only a closed one opens.")
-        return self._enter(layer, REQUEST, optimizer)
-
-    def leave_escape(self, layer: int) -> LifecycleEvent:
-        """Let a block leave: its gate fades out over `escape.leave_steps` lifecycle steps, then it is closed.
-
-        Raises:
-            PopulationError: As `escape_state`, or the block is not open.
-        """
-        escape = self._escape(layer)
-        if escape.now.state != OPEN:
-            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only an open one is left.")
-        return self._return(layer, REQUEST)
-
-    def _escape(self, layer: int) -> Escape:
-        escape = self.living_block(layer).escape
-        if escape is None:
-            raise PopulationError(f"layer {layer}: this model has no escape; set escape.space to poincare or fourier.")
-        return escape
-
-    def _enter(self, layer: int, reason: Reason, optimizer: Optimizer | None) -> LifecycleEvent:
-        escape = self._escape(layer)
-        forget_state(optimizer, escape)
-        escape.open(self.steps_lived)
-        return self._log_escape("escape", layer, reason)
-
-    def _return(self, layer: int, reason: Reason) -> LifecycleEvent:
-        self._escape(layer).leave(self.steps_lived)
-        return self._log_escape("return", layer, reason)
-
-    def _log_escape(self, kind: LifecycleKind, layer: int, reason: Reason) -> LifecycleEvent:
-        event = LifecycleEvent(
-            kind=kind, step=self.steps_lived, layer=layer, parents=(), children=(), metric=reason.metric,
-            value=reason.value, threshold=reason.threshold,
-        )  # fmt: skip
-        self.lineage.append(event)
-        return event
-
-    def _step_escapes(self, optimizer: Optimizer | None) -> list[LifecycleEvent]:
-        """One optimizer step of every escape; at the end of a window, who goes and who returns."""
-        detector, settings, step = self._life.stagnation, self.config.escape, self.steps_lived
-        if detector is None:
-            return []
-        for block in self.living_blocks:
-            if self._escape(block.layer).tick(step):
-                forget_state(optimizer, self._escape(block.layer))
-                block.vitals.answer_collapse()
-        if step % settings.window:
-            return []
-        detector.end_window()
-        device = detector.fall.device
-        phis, peaks = (
-            torch.stack([getattr(block.vitals, name).to(device) for block in self.living_blocks])
-            for name in ("phi_level", "phi_peak")
-        )
-        collapsed = phi_collapsed(phis, peaks, settings.collapse)
-        verdict = torch.cat([torch.stack([detector.stagnates(), detector.falling()]).float(), collapsed.float()])
-        # One transfer per window.
-        figures = torch.cat([verdict, detector.fall.view(1), phis, peaks]).tolist()
-        layers = len(self.living_blocks)
-        (stagnates, falling), collapses, fall = figures[:2], figures[2 : 2 + layers], figures[2 + layers]
-        events = []
-        for block, collapse, phi, peak in zip(
-            self.living_blocks, collapses, figures[3 + layers : 3 + 2 * layers], figures[3 + 2 * layers :], strict=True
-        ):
-            now = self._escape(block.layer).now
-            lived = step - now.since
-            if now.state == CLOSED and stagnates and collapse and step >= now.rest_until:
-                events.append(self._enter(block.layer, Reason("phi", phi, settings.collapse * peak), optimizer))
-            elif now.state == OPEN and lived >= settings.window and falling:
-                events.append(self._return(block.layer, Reason("loss fall", fall, settings.loss_tolerance)))
-            elif now.state == OPEN and lived >= settings.max_steps:
-                events.append(self._return(block.layer, Reason("steps", float(lived), float(settings.max_steps))))
-        if world_size() > 1:
-            require_agreement("escapes", fingerprint((), repr(events)))
-        return events
 
     def _circumstances(self) -> Circumstances:
         around, budget = self._surroundings(), self.config.experts.memory_budget_mib

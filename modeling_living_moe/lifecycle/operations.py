@@ -49,6 +49,10 @@ class Reason:
     held: int = 0
 
 
+#: Somebody asked for it.
+REQUEST = Reason()
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What an operation needs to know beyond its layer."""

@@ -112,6 +112,14 @@ def test_a_dtype_asked_for_is_the_dtype_of_the_result(source: Path) -> None:
     assert model.graft_verification.max_difference == 0.0
 
 
+@pytest.mark.parametrize(
+    "sections", [{"escape": {"space": "poincare"}}, {"escape": {"space": "fourier"}}, {"synapse": {"router": True}}]
+)
+def test_what_the_source_lacks_takes_the_dtype_asked_for(source: Path, sections: dict[str, Any]) -> None:
+    model = convert(source, preset="grow", dtype=torch.bfloat16, **sections)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_calibration_text_reaches_the_fields_before_the_model_is_written(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "living", calibration=old_text(300), receptive_field={"calibration_tokens": 128})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "living")
