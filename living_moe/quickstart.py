@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from living_moe.configuration.errors import CheckpointError, TrainingError
 from living_moe.conversion import convert
-from living_moe.figures import draw_html
 from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM
 from living_moe.records import parameter_counts
 from living_moe.texts import documentation, read_text, source_code
@@ -38,6 +37,7 @@ from living_moe.training.data import BlockLoader
 from living_moe.training.evaluation import Evaluation, evaluate_blocks, in_eval_mode
 from living_moe.training.loop import LivingTrainer, StepRecord
 from living_moe.training.malloc import tune_malloc
+from living_moe.training.observatory.lineage_page import PAGE_NAME, write_lineage_page
 from living_moe.training.observatory.pictures import Scene, draw_pictures
 from living_moe.training.observatory.records import read_run
 from living_moe.training.optimizers import LivingAdamW
@@ -177,8 +177,8 @@ def quickstart(
     check_reload(living, output / "living-trained", tokenizer, domains, console)
     run = read_run(output / "living-trained")
     pictures, _ = draw_pictures(Scene(run), output / "figures")
-    draw_html(run, output / "figures" / "population.html")
-    console.print(f"Pictures of the population's life: {', '.join(path.name for path in pictures)}, population.html")
+    page = write_lineage_page(run, output / "figures" / PAGE_NAME)
+    console.print(f"Pictures of the population's life: {', '.join(path.name for path in [*pictures, page])}")
     seconds = time.perf_counter() - started
     (output / "results.json").write_text(
         json.dumps({name: asdict(row) | {"forgotten": row.forgotten} for name, row in rows.items()}, indent=2)

@@ -117,7 +117,7 @@ def test_the_quickstart_tells_the_whole_story_in_small(tmp_path: Path):
         "lineage.png",
         "timeline.png",
         "expert-map.png",
-        "population.html",
+        "lineage.html",
     }
     assert "perplexity" in (tmp_path / "run" / "living-trained" / "README.md").read_text(encoding="utf-8").lower()
 

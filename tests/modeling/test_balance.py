@@ -3,19 +3,16 @@
 Run as a script, this file is one of two ranks.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from factories import FAMILIES, HIDDEN, VOCAB, drift, living_model, logits, mixed_text, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from two_ranks import one_of_two_ranks, two_ranks
 
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.errors import ConfigurationError
@@ -258,33 +255,12 @@ def lived(rank: int | None) -> list[Tensor]:
 
 
 def test_two_ranks_move_biases_as_one_process(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    first, second = two_ranks(__file__, tmp_path)
     alone = lived(None)
     for one, two, single in zip(first, second, alone, strict=True):
         assert torch.equal(one, two), "the ranks have parted"
         assert torch.equal(one, single) and one.any()
 
 
-def one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(lived(rank), f"{folder}/rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    one_of_two_ranks(int(sys.argv[1]), sys.argv[2])
+    one_of_two_ranks(lived)

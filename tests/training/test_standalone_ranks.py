@@ -4,11 +4,6 @@ As a script, started twice by the test, it is one of the processes.
 """
 
 import hashlib
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import one_of_two_ranks, two_ranks
 
 from living_moe import LivingMoeBlock, StandaloneLivingMoe
 from living_moe.training.distributed import WrapperKeeper
@@ -74,28 +70,7 @@ def seen(layer: StandaloneLivingMoe) -> dict[str, Any]:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**shared, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = two_ranks(__file__, tmp_path)
     assert ranks[0] == ranks[1], "the ranks have parted"
     alone = train()
     for one, both in zip(alone["parts"], ranks[0]["parts"], strict=True):
@@ -105,6 +80,4 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(train()))
-    dist.destroy_process_group()
+    one_of_two_ranks(lambda rank: train())

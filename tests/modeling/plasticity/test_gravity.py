@@ -3,17 +3,15 @@ moves; pulls alone let the keys fall together, and dark energy bounds that.
 """
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from two_ranks import one_of_two_ranks, two_ranks
 
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.plasticity import Evidence, LayerKeys, gravity
@@ -406,28 +404,12 @@ def two_rank_cases() -> list[tuple[State, list[list[Evidence]], PlasticityConfig
     return cases
 
 
-def one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    results = [consolidate(*now, pieces[rank], config) for now, pieces, config in two_rank_cases()]
-    torch.save(results, f"{folder}/rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def consolidated(rank: int) -> list[Moved]:
+    return [consolidate(*now, pieces[rank], config) for now, pieces, config in two_rank_cases()]
 
 
 def test_two_ranks_are_one_process_with_their_evidence_in_rank_order(tmp_path: Path) -> None:
-    """This file, run as a script, is one rank."""
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    first, second = two_ranks(__file__, tmp_path)
     for (now, pieces, config), one, other in zip(two_rank_cases(), first, second, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True)), "the ranks have parted"
         together = [piece for of_rank in pieces for piece in of_rank]
@@ -436,4 +418,4 @@ def test_two_ranks_are_one_process_with_their_evidence_in_rank_order(tmp_path: P
 
 
 if __name__ == "__main__":
-    one_of_two_ranks(int(sys.argv[1]), sys.argv[2])
+    one_of_two_ranks(consolidated)

@@ -5,9 +5,6 @@ oracle says, the same on every rank; what a key has lived through follows its ex
 import copy
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from factories import (
     EVENTS,
     FAMILIES,
@@ -35,6 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
+from two_ranks import one_of_two_ranks, two_ranks
 
 import living_moe
 from living_moe import LivingMoeForCausalLM
@@ -867,36 +864,10 @@ def train_and_read(family: str, rank: int | None) -> list[dict[str, Tensor]]:
     return found
 
 
-def one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save({family: train_and_read(family, rank) for family in FAMILIES}, f"{folder}/rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, Tensor]]]]:
-    """What either rank remembers, by family. This file, run as a script, is one rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    tests = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    """What either rank remembers, by family."""
+    return two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @every_family
@@ -913,4 +884,4 @@ def test_two_ranks_move_keys_as_one_process_that_sees_both_halves(
 
 
 if __name__ == "__main__":
-    one_of_two_ranks(int(sys.argv[1]), sys.argv[2])
+    one_of_two_ranks(lambda rank: {family: train_and_read(family, rank) for family in FAMILIES})

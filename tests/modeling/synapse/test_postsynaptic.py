@@ -4,8 +4,6 @@ slow without a change of function; they follow their experts through every event
 """
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_equals_oracle
 from torch import Tensor
+from two_ranks import one_of_two_ranks, two_ranks
 
 import living_moe
 from living_moe import LivingMoeConfig, LivingMoeForCausalLM
@@ -849,34 +848,22 @@ def test_a_model_without_fast_weights_says_so() -> None:
 
 # -- many processes ----------------------------------------------------------------------------------------------------
 
-RANK_SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}]
-import torch, torch.distributed as dist
-from factories import fast_model, token_ids
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
-model = fast_model(sections={{"lifecycle": {{"enabled": False}}}}, postsynaptic_slow_rate=0.5).train()
-for step in range(3):
-    if rank == 0 or step < 2:
-        model(input_ids=token_ids(2, 12, seed=10 * step + rank))
-    model.lifecycle_step()
-model.eval()
-with model.plastic(keys=False):
-    model(input_ids=token_ids(2, 12, seed=rank))
-torch.save(model.state_dict(), folder / f"rank-{{rank}}.pt")
-dist.destroy_process_group()
-"""
+
+def live_as(rank: int) -> dict[str, Tensor]:
+    """What one of two ranks ends with. The third step brings tokens to the first only."""
+    model = fast_model(sections={"lifecycle": {"enabled": False}}, postsynaptic_slow_rate=0.5).train()
+    for step in range(3):
+        if rank == 0 or step < 2:
+            model(input_ids=token_ids(2, 12, seed=10 * step + rank))
+        model.lifecycle_step()
+    model.eval()
+    with model.plastic(keys=False):
+        model(input_ids=token_ids(2, 12, seed=rank))
+    return model.state_dict()
 
 
 def test_two_ranks_are_one_process_that_makes_both_passes(tmp_path: Path) -> None:
-    """The third step brings tokens to one of them only."""
-    script = RANK_SCRIPT.format(tests=str(Path(__file__).parents[2]))
-    started = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    first, second = two_ranks(__file__, tmp_path)
     concerned = {name for name in first if "postsynaptic" in name or "experts." in name}
     assert [name for name in concerned if not torch.equal(first[name], second[name])] == []
 
@@ -903,3 +890,7 @@ def test_two_ranks_are_one_process_that_makes_both_passes(tmp_path: Path) -> Non
     alone = model.state_dict()
     for name in sorted(concerned):
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+if __name__ == "__main__":
+    one_of_two_ranks(live_as)
