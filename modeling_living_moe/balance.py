@@ -20,7 +20,7 @@ from living_moe.modeling_living_moe.population import NOBODY, Population
 def balance_step(population: Population, received_E: Tensor, rate: float) -> None:
     """Move the selection biases by `rate` against the clades' loads; a step without tokens moves nothing."""
     alive = population.alive
-    clade_E = torch.cat([population.table(slab).clade[:count] for slab, count in alive.items()])
+    clade_E, _ = population.clades
     clades, place_E = clade_E.unique(return_inverse=True)
     load = torch.zeros(len(clades), dtype=received_E.dtype, device=received_E.device)
     load.index_add_(0, place_E, received_E)

@@ -207,7 +207,7 @@ class CheckpointMixin:
             if block.postsynaptic is not None:
                 block.postsynaptic.forget()
         self._life._steps = None  # type: ignore[attr-defined]
-        self._life.drift.pending = None  # type: ignore[attr-defined]
+        self._life.drift.take()  # type: ignore[attr-defined]
         self.record_populations()  # type: ignore[attr-defined]
         return result
 

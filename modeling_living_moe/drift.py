@@ -20,19 +20,27 @@ The phase of the cycle follows from shifts, births and deaths, and the loss:
     5 consolidation      a split -> 3, quiet -> 6, another shift begins -> 2
     6 new equilibrium    quiet for another QUIET steps -> 1, another shift begins -> 2
 
-Everything is a tensor: a step never waits for the device, and every rank computes the same from the same sums. Changes
-no population and no threshold; policies read `phase` and `vigilance`.
+A step only keeps its evidence (deferred.py); who looks waits for the device once, for all steps since the last look.
+Every rank computes the same from the same sums. Changes no population and no threshold; policies read `phase` and
+`vigilance`.
+
+K steps, E alive experts in slot order.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+import math
+from array import array
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from living_moe.modeling_living_moe.population import KeepsDtype
+from living_moe.modeling_living_moe.deferred import Deferred
+from living_moe.modeling_living_moe.signals import load_entropy
 
 #: What is watched, in the order of every tensor with an entry per signal.
 WATCHED = ("loss", "entropy", "density", "interference", "outside_root")
@@ -54,6 +62,8 @@ QUIET = 150
 SETTLED = 20
 #: Rate of the average by which the loss is said to fall, and by how many standard deviations it must have.
 LOSS_RATE, RECOVERY = 0.2, 1.0
+#: Forward passes whose losses are kept apart, in case nobody ever lives a step.
+MOST_PASSES = 64
 #: A signal that varies by less than this share of itself is a constant with rounding errors.
 CONSTANT = 1e-6
 
@@ -76,20 +86,71 @@ RULES = (
 )
 
 
-@functools.cache
-def _rules(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Phases that the rules lead from, and to."""
-    source, target = zip(*((source, target) for source, _, target in RULES), strict=True)
-    return torch.tensor(source, device=device), torch.tensor(target, device=device)
+#: Which signals a merge or the end of a clade moves.
+MOVED_BY_MERGES = [name in ("entropy", "interference") for name in WATCHED]
+#: Buffers with an entry per signal, and those of a single number.
+PER_SIGNAL = ("level", "variance", "up", "down", "count")
+SINGLE = (
+    "phase", "began", "calm", "since_split", "shifting", "alarms", "fast", "peak", "deviation", "relearn",
+)  # fmt: skip
 
 
-@functools.cache
-def _moved_by_merges(device: torch.device) -> Tensor:
-    """Which signals a merge or the end of a clade moves."""
-    return torch.tensor([name in ("entropy", "interference") for name in WATCHED], device=device)
+class LayerEvidence(NamedTuple):
+    """What one layer shows in one step, of all ranks."""
+
+    #: Clade of each alive expert, int64, and a number above all of them.
+    clade_E: Tensor
+    clades: int
+    #: As `Vitals.pending` and `Vitals.pending_signals` (None: not sampled).
+    counts: Tensor
+    signals: Tensor | None
+    #: Tokens behind the counts, 0-dim; None where each has used all its `places`.
+    tokens: Tensor | None
+    places: int
 
 
-class DriftDetector(KeepsDtype):
+class Passes(NamedTuple):
+    """The forward passes of one step."""
+
+    #: Loss of each, nats per token, 0-dim. One that is no number does not count.
+    losses: tuple[Tensor, ...] = ()
+    #: Tokens outside the root field, and all tokens, int64 (2,) each.
+    outside: tuple[Tensor, ...] = ()
+    #: Of passes beside these: losses summed, losses, tokens outside the root field, tokens; (4,).
+    summed: Tensor | None = None
+
+
+class StepEvidence(NamedTuple):
+    """What one step shows, of all ranks."""
+
+    step: int
+    layers: tuple[LayerEvidence, ...]
+    passes: Passes
+
+
+@dataclass
+class _State:
+    """The buffers as numbers."""
+
+    level: list[float]
+    variance: list[float]
+    up: list[float]
+    down: list[float]
+    count: list[int]
+    events: list[int]
+    phase: int
+    began: int
+    calm: int
+    since_split: int
+    shifting: bool
+    alarms: int
+    fast: float
+    peak: float
+    deviation: float
+    relearn: bool
+
+
+class DriftDetector(Deferred[StepEvidence]):
     """Watches the signals of one model, and holds its phase.
 
     State, in buffers: `level`, `variance`, `count`, `up` and `down` per signal; `phase` (1..6), `began` (step at which
@@ -118,8 +179,8 @@ class DriftDetector(KeepsDtype):
         super().__init__()
         for name, value in self._first_values():
             self.register_buffer(name, value)
-        #: Loss summed over forward passes, passes, tokens outside the root field, tokens: (4,); not summed over ranks.
-        self.pending: Tensor | None = None
+        #: Since the last step, on this rank.
+        self.passes = Passes()
 
     @staticmethod
     def _first_values() -> list[tuple[str, Tensor]]:
@@ -150,27 +211,24 @@ class DriftDetector(KeepsDtype):
     @torch.no_grad()
     def observe_loss(self, loss: Tensor) -> None:
         """Count the loss of one forward pass, nats per token; one that is no number does not count."""
-        known = loss.isfinite()
-        self._add(0, loss.where(known, torch.zeros_like(loss)), known)
+        self._observe(self.passes._replace(losses=(*self.passes.losses, loss.detach())))
 
     @torch.no_grad()
     def observe_fields(self, field: Tensor, token_mask: Tensor | None) -> None:
         """Count the tokens of one forward pass, (B, T) both, by whether they are outside the root field."""
         real = torch.ones_like(field, dtype=torch.bool) if token_mask is None else token_mask.to(field.device)
-        self._add(2, ((field > 0) & real).sum(), real.sum())
+        tokens = torch.stack([((field > 0) & real).sum(), real.sum()])
+        self._observe(self.passes._replace(outside=(*self.passes.outside, tokens)))
 
-    def _add(self, place: int, value: Tensor, count: Tensor) -> None:
-        pending = self.take()
-        pending[place : place + 2] += torch.stack([value.detach(), count]).to(pending)
-        self.pending = pending
+    def _observe(self, passes: Passes) -> None:
+        if len(passes.losses) + len(passes.outside) >= MOST_PASSES:
+            passes = Passes(summed=sums_of([passes], self.level.device)[0])
+        self.passes = passes
 
-    def take(self) -> Tensor:
-        """What is pending, (4,), and forget it."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            dtype = torch.float32 if self.level.device.type == "mps" else torch.float64
-            return torch.zeros(4, dtype=dtype, device=self.level.device)
-        return pending.to(self.level.device)
+    def take(self) -> Passes:
+        """What was observed on this rank since the last step, and forget it."""
+        passes, self.passes = self.passes, Passes()
+        return passes
 
     @torch.no_grad()
     def note(self, kind: str) -> None:
@@ -182,77 +240,52 @@ class DriftDetector(KeepsDtype):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, values: Tensor, known: Tensor, step: int) -> None:
-        """Take one optimizer step's signals.
+        """Take one optimizer step's signals at once. `defer` takes them as a `StepEvidence`, and later.
 
         Args:
             values: (signals,), in the order of `WATCHED`, of all ranks.
             known: Bool (signals,), whether each was measured in this step.
             step: Of the model's life.
         """
-        values, known = values.to(self.level), known.to(self.level.device) & values.to(self.level).isfinite()
-        self._forget(_moved_by_merges(known.device) & self.relearn)
-        self.relearn.fill_(False)
+        self._take_steps(values[None], known[None], [step])
 
-        spread = self.variance.sqrt()
-        z = ((values - self.level) / spread.clamp_min(1e-30)).clamp(-CLIP, CLIP)
-        watched = known & (self.count >= WARM_UP) & (spread > CONSTANT * self.level.abs())
-        z = z.where(watched, torch.zeros_like(z))
-        for total, toward in ((self.up, z), (self.down, -z)):
-            total.copy_(torch.where(watched, (total + toward - ALLOWANCE).clamp(min=0.0), total))
-        highest = torch.maximum(self.up, self.down).max()
-        alarm = highest > THRESHOLD
-        self._follow_loss(values[LOSS], known[LOSS], alarm, spread[LOSS])
-        self._learn(values, known)
-        self._forget(alarm.expand_as(known))
+    def _fold(self, backlog: list[StepEvidence]) -> None:
+        # A group is of one population.
+        for _, group in itertools.groupby(backlog, lambda each: [id(layer.clade_E) for layer in each.layers]):
+            evidence = list(group)
+            values, known = signals_of(evidence, self.level.device)
+            self._take_steps(values, known, [each.step for each in evidence])
 
-        self.calm.copy_(torch.where(highest > THRESHOLD / 2, 0, self.calm + 1))
-        self.alarms += alarm & ~self.shifting
-        quiet = self.calm >= QUIET
-        self.shifting.copy_((self.shifting | alarm) & ~quiet)
-        self._change_phase(alarm, quiet, step)
+    @torch.no_grad()
+    def _take_steps(self, values_KS: Tensor, known_KS: Tensor, steps: list[int]) -> None:
+        state, values_KS = self._read(), values_KS.float()
+        known_KS = known_KS & values_KS.isfinite()
+        for values, known, step in zip(values_KS.tolist(), known_KS.tolist(), steps, strict=True):
+            _live(state, values, known, step)
+            # What buffers hold between steps, so that nothing depends on when somebody looks.
+            for name in ("level", "variance", "up", "down"):
+                setattr(state, name, array("f", getattr(state, name)).tolist())
+            state.fast, state.peak, state.deviation = array("f", [state.fast, state.peak, state.deviation])
+        self._write(state)
 
-    def _learn(self, values: Tensor, known: Tensor) -> None:
-        """Let values join level and variance: running means, then moving averages."""
-        # A distance is from the level before, so a lag counts as deviation; the first value has no such distance.
-        away = (values - self.level).where(known, torch.zeros_like(values))
-        rate = (1.0 / self.count.clamp(min=1)).clamp(min=1.0 / MEMORY) * (known & (self.count > 0))
-        self.variance.lerp_(away.square(), rate)
-        self.level += (1.0 / (self.count + 1.0)).clamp(min=1.0 / LEVEL_MEMORY) * away
-        self.count += known
+    def _read(self) -> _State:
+        """One transfer from the device."""
+        buffers = [getattr(self, name) for name in (*PER_SIGNAL, "events", *SINGLE)]
+        widest = torch.float32 if self.level.device.type == "mps" else torch.float64
+        flat = torch.cat([buffer.to(widest).view(-1) for buffer in buffers]).tolist()
+        found: dict[str, Any] = {}
+        for name, buffer in zip((*PER_SIGNAL, "events", *SINGLE), buffers, strict=True):
+            kind = float if buffer.is_floating_point() else bool if buffer.dtype == torch.bool else int
+            numbers = [kind(number) for number in flat[: buffer.numel()]]
+            flat = flat[buffer.numel() :]
+            found[name] = numbers if buffer.dim() else numbers[0]
+        return _State(**found)
 
-    def _forget(self, which: Tensor) -> None:
-        for buffer in (self.level, self.variance, self.up, self.down, self.count):
-            buffer.masked_fill_(which, 0)
-
-    def _follow_loss(self, loss: Tensor, known: Tensor, alarm: Tensor, deviation: Tensor) -> None:
-        """`fast` follows the loss, `peak` is its highest value since the last alarm."""
-        first = (self.count[LOSS] == 0) & (self.alarms == 0)
-        fast = torch.where(first, loss, torch.lerp(self.fast, loss, LOSS_RATE))
-        self.fast.copy_(torch.where(known, fast, self.fast))
-        self.peak.copy_(torch.where(alarm, self.fast, torch.maximum(self.peak, self.fast)))
-        self.deviation.copy_(torch.where(alarm & ~self.shifting, deviation, self.deviation))
-
-    def _change_phase(self, alarm: Tensor, quiet: Tensor, step: int) -> None:
-        split, lost = self.events > 0
-        self.since_split.copy_(torch.where(split, 0, self.since_split + 1))
-        recovering = (self.fast < self.peak - RECOVERY * self.deviation) | quiet
-        conditions = {
-            "alarm": alarm,
-            "split": split,
-            "lost": lost,
-            "quiet": quiet,
-            "settled": (self.since_split >= SETTLED) & recovering,
-            "quiet again": quiet & (step - self.began >= QUIET),
-        }
-        source, target = _rules(self.phase.device)
-        applies = (source == self.phase) & torch.stack([conditions[name] for _, name, _ in RULES])
-        is_first = applies & (applies.cumsum(0) == 1)
-        new = torch.where(applies.any(), (target * is_first).sum(), self.phase)
-        self.began.copy_(torch.where(new != self.phase, step, self.began))
-        self.phase.copy_(new)
-        self.events.zero_()
+    def _write(self, state: _State) -> None:
+        for name in (*PER_SIGNAL, "events", *SINGLE):
+            buffer = getattr(self, name)
+            buffer.copy_(torch.tensor(getattr(state, name), dtype=buffer.dtype))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -262,23 +295,122 @@ class DriftDetector(KeepsDtype):
         return PHASES[int(self.phase) - 1]
 
 
-def step_signals(layers: list[tuple[Tensor, Tensor, Tensor, Tensor]], evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's signals of one step, in the order of `WATCHED`, and which of them were measured.
+def _live(state: _State, values: list[float], known: list[bool], step: int) -> None:
+    """One step of the detector."""
+    signals = range(len(WATCHED))
+    if state.relearn:
+        _forget(state, MOVED_BY_MERGES)
+        state.relearn = False
+    spread = [math.sqrt(variance) for variance in state.variance]
+    for i in signals:
+        if known[i] and state.count[i] >= WARM_UP and spread[i] > CONSTANT * abs(state.level[i]):
+            z = min(CLIP, max(-CLIP, (values[i] - state.level[i]) / max(spread[i], 1e-30)))
+            state.up[i] = max(0.0, state.up[i] + z - ALLOWANCE)
+            state.down[i] = max(0.0, state.down[i] - z - ALLOWANCE)
+    highest = max(*state.up, *state.down)
+    alarm = highest > THRESHOLD
+    _follow_loss(state, values[LOSS] if known[LOSS] else None, alarm, spread[LOSS])
+    for i in signals:
+        if known[i]:
+            # A distance is from the level before, so a lag counts as deviation; the first value has no such distance.
+            away, count = values[i] - state.level[i], state.count[i]
+            if count:
+                state.variance[i] += max(1 / count, 1 / MEMORY) * (away * away - state.variance[i])
+            # Running means, then moving averages.
+            state.level[i] += max(1 / (count + 1), 1 / LEVEL_MEMORY) * away
+            state.count[i] += 1
+    if alarm:
+        _forget(state, [True] * len(WATCHED))
+        state.alarms += not state.shifting
+    state.calm = 0 if highest > THRESHOLD / 2 else state.calm + 1
+    quiet = state.calm >= QUIET
+    state.shifting = (state.shifting or alarm) and not quiet
+    _change_phase(state, alarm, quiet, step)
 
-    Args:
-        layers: Per layer, on one device, entropy of the clades' loads (nats), routed pairs, tokens, and signals (4, E)
-            as in `Vitals.pending_signals`.
-        evidence: `DriftDetector.take`, summed over ranks.
+
+def _forget(state: _State, which: list[bool]) -> None:
+    for name in PER_SIGNAL:
+        values = getattr(state, name)
+        for place, gone in enumerate(which):
+            if gone:
+                values[place] = type(values[place])(0)
+
+
+def _follow_loss(state: _State, loss: float | None, alarm: bool, deviation: float) -> None:
+    """`fast` follows the loss, `peak` is its highest value since the last alarm."""
+    if loss is not None:
+        first = not state.count[LOSS] and not state.alarms
+        state.fast = loss if first else state.fast + LOSS_RATE * (loss - state.fast)
+    state.peak = state.fast if alarm else max(state.peak, state.fast)
+    if alarm and not state.shifting:
+        state.deviation = deviation
+
+
+def _change_phase(state: _State, alarm: bool, quiet: bool, step: int) -> None:
+    split, lost = (number > 0 for number in state.events)
+    state.since_split = 0 if split else state.since_split + 1
+    recovering = state.fast < state.peak - RECOVERY * state.deviation or quiet
+    conditions = {
+        "alarm": alarm,
+        "split": split,
+        "lost": lost,
+        "quiet": quiet,
+        "settled": state.since_split >= SETTLED and recovering,
+        "quiet again": quiet and step - state.began >= QUIET,
+    }
+    for source, name, target in RULES:
+        if source == state.phase and conditions[name]:
+            state.phase, state.began = target, step
+            break
+    state.events = [0, 0]
+
+
+def signals_of(evidence: list[StepEvidence], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The model's signals of K steps of one population, (K, signals) in the order of `WATCHED`, and whether each was
+    measured.
     """
-    some = [pairs > 0 for _, pairs, _, _ in layers]
-    routed = torch.stack(some).all()
-    entropy = torch.stack([entropy for entropy, _, _, _ in layers]).mean()
-    density = torch.stack([pairs / tokens.clamp_min(1) for _, pairs, tokens, _ in layers]).mean()
-    pulled = torch.stack([signals[:2].sum(dim=1) for *_, signals in layers]).sum(dim=0)
-    sums = torch.stack([evidence[0], entropy, density, pulled[0], evidence[2]])
-    one = torch.ones_like(sums[0])
-    counts = torch.stack([evidence[1], one * routed, one * routed, pulled[1], evidence[3]])
-    return sums / counts.clamp_min(torch.finfo(torch.float32).tiny), counts > 0
+    sums = sums_of([each.passes for each in evidence], device)
+    entropies, densities, routed, pulled = [], [], [], sums.new_zeros(len(evidence), 2)
+    for layers in zip(*(each.layers for each in evidence), strict=True):
+        received_KE = torch.stack([layer.counts[0] for layer in layers])
+        pairs = received_KE.sum(dim=1)
+        if layers[0].tokens is None:
+            tokens = pairs / layers[0].places
+        else:
+            tokens = torch.stack([layer.tokens for layer in layers]).to(pairs)
+        # Of clades: splits, which hand tokens on within one, keep it.
+        of_clades = pairs.new_zeros(len(evidence), layers[0].clades)
+        of_clades.scatter_add_(1, layers[0].clade_E.expand_as(received_KE), received_KE)
+        entropies.append(load_entropy(of_clades).to(device))
+        densities.append((pairs / tokens.clamp_min(1)).to(device))
+        routed.append((pairs > 0).to(device))
+        sampled = [k for k, layer in enumerate(layers) if layer.signals is not None]
+        if sampled:
+            rows = torch.stack([layers[k].signals[:2].sum(dim=1) for k in sampled])
+            pulled[sampled] += rows.to(pulled)
+    everywhere = torch.stack(routed).all(dim=0).to(sums)
+    entropy, density = (torch.stack(values).mean(dim=0).to(sums) for values in (entropies, densities))
+    totals = torch.stack([sums[:, 0], entropy, density, pulled[:, 0], sums[:, 2]], dim=1)
+    counts = torch.stack([sums[:, 1], everywhere, everywhere, pulled[:, 1], sums[:, 3]], dim=1)
+    return totals / counts.clamp_min(torch.finfo(torch.float32).tiny), counts > 0
 
 
-__all__ = ["PHASES", "WATCHED", "DriftDetector", "step_signals"]
+def sums_of(passes: list[Passes], device: torch.device) -> Tensor:
+    """Of K steps: losses summed, losses, tokens outside the root field, tokens; (K, 4), fp64 where there is one."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(len(passes), 4, dtype=dtype, device=device)
+    for first, name in ((0, "losses"), (2, "outside")):
+        step_P = [step for step, each in enumerate(passes) for _ in getattr(each, name)]
+        if step_P:
+            found = torch.stack([one.to(device) for each in passes for one in getattr(each, name)]).to(dtype)
+            if name == "losses":
+                known = found.isfinite()
+                found = torch.stack([torch.where(known, found, 0.0), known.to(dtype)], dim=1)
+            sums[:, first : first + 2].index_add_(0, torch.tensor(step_P, device=device), found)
+    for step, each in enumerate(passes):
+        if each.summed is not None:
+            sums[step] += each.summed.to(sums)
+    return sums
+
+
+__all__ = ["PHASES", "WATCHED", "DriftDetector", "LayerEvidence", "Passes", "StepEvidence", "signals_of", "sums_of"]

@@ -277,6 +277,7 @@ class Population(KeepsDtype):
         self._views: dict[tuple[int, torch.device], View] = {}
         self._books: dict[torch.device, AddressBook] = {}
         self._is_biased: bool | None = None
+        self._clades: tuple[Tensor, int] | None = None
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, IdentityTable(capacity))
@@ -348,7 +349,7 @@ class Population(KeepsDtype):
             leaves: Whether the tables of facets changed too; their reading takes longest.
         """
         self.version += 1
-        self._members = self._alive = self._tombstones = self._is_biased = None
+        self._members = self._alive = self._tombstones = self._is_biased = self._clades = None
         if leaves:
             self._leaves = None
         self._views.clear()
@@ -357,6 +358,14 @@ class Population(KeepsDtype):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.stale()
+
+    @property
+    def clades(self) -> tuple[Tensor, int]:
+        """Clade of each alive expert in slot order, int64 (E,), the same object until stale; and a number above all."""
+        if self._clades is None or self._clades[0].device != self.next_uid.device:
+            clade_E = torch.cat([self.table(slab).clade[:count] for slab, count in self.alive.items()])
+            self._clades = clade_E, 1 + max(member.clade for member in self.members)
+        return self._clades
 
     @property
     def members(self) -> list[Member]:

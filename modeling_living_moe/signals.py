@@ -114,4 +114,10 @@ def credit_shares(index_SK: Tensor, weights_SK: Tensor) -> Tensor:
     return used_SK / used_SK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-__all__ = ["TokenSample", "credit_shares", "interference", "spread", "token_losses"]
+def load_entropy(received: Tensor) -> Tensor:
+    """Entropy, in nats, of shares of tokens (..., E); 0 where there are none."""
+    share = received / received.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    return torch.special.entr(share).sum(dim=-1)
+
+
+__all__ = ["TokenSample", "credit_shares", "interference", "load_entropy", "spread", "token_losses"]

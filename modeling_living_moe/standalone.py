@@ -430,7 +430,7 @@ def _after_loading(module: nn.Module, _: Any) -> None:
     module.block.population.stale()
     module.block.vitals.forget()
     module._steps = None
-    module.drift.pending = None
+    module.drift.take()
     module.record_populations()
 
 

@@ -13,11 +13,14 @@ Changes nothing; the policy `darwinian` reads it. Every rank computes the same f
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from living_moe.modeling_living_moe.population import KeepsDtype
+from living_moe.modeling_living_moe.deferred import Deferred
+from living_moe.modeling_living_moe.drift import Passes, sums_of
 
 #: Optimizer steps the two averages remember (running means until then), and how many must have been seen: before, the
 #: averages are of nearly the same steps.
@@ -26,8 +29,11 @@ SLOW, SLOWER, WARM_UP = 100, 1000, 200
 PER_STEPS = 1000
 
 
-class LossTrend(KeepsDtype):
-    """Two moving averages of the loss, in buffers: `slow`, `slower`, and `count`, the steps that brought a loss."""
+class LossTrend(Deferred[Passes]):
+    """Two moving averages of the loss, in buffers: `slow`, `slower`, and `count`, the steps that brought a loss.
+
+    `defer` takes the forward passes of a step, of all ranks.
+    """
 
     slow: Tensor
     slower: Tensor
@@ -44,15 +50,17 @@ class LossTrend(KeepsDtype):
         for buffer in (self.slow, self.slower, self.count):
             init.zeros_(buffer)
 
-    @torch.no_grad()
-    def step(self, loss: Tensor, known: Tensor) -> None:
-        """Take one optimizer step's loss of all ranks (0-dim), if it is `known`. Never waits for the device."""
-        loss = loss.to(self.slow)
-        known = known.to(self.slow.device) & loss.isfinite()
-        for average, memory in ((self.slow, SLOW), (self.slower, SLOWER)):
-            rate = 1.0 / (self.count + 1.0).clamp(max=memory)
-            average.copy_(torch.where(known, torch.lerp(average, loss, rate.to(average)), average))
-        self.count += known
+    def _fold(self, backlog: list[Passes]) -> None:
+        slow, slower, count = torch.stack([self.slow, self.slower, self.count.to(self.slow)]).tolist()
+        for total, passes, *_ in sums_of(backlog, self.slow.device).tolist():
+            if passes:
+                slow += (total / passes - slow) / min(count + 1, SLOW)
+                slower += (total / passes - slower) / min(count + 1, SLOWER)
+                count += 1
+                # What buffers hold between steps, so that nothing depends on when somebody looks.
+                slow, slower = array("f" if self.slow.dtype == torch.float32 else "d", [slow, slower])
+        for buffer, value in ((self.slow, slow), (self.slower, slower), (self.count, count)):
+            buffer.fill_(value)
 
     def improvement(self) -> float | None:
         """Relative fall of the loss in 1,000 steps; None before `WARM_UP` steps. Waits for the device."""

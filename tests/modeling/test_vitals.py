@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from factories import HIDDEN, living_model, mixed_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from living_moe import LivingMoeForCausalLM
@@ -101,6 +103,7 @@ def test_experts_of_a_field_without_tokens_have_not_lived_the_step() -> None:
     before = table.load.clone()
     for _ in range(4):
         vitals.fold(torch.tensor(other, dtype=torch.float64), {"trainable": 3}, None)
+    table = vitals.table("trainable")
     assert torch.equal(table.load[:2], before[:2])
     assert (table.age.tolist(), table.idle.tolist()) == ([1, 1, 4], [4, 4, 0])
 
@@ -295,3 +298,50 @@ def test_counting_costs_no_gradient_and_keeps_no_graph() -> None:
     vitals = model.living_blocks[0].vitals
     assert not vitals.pending.requires_grad and not vitals.sample[0].requires_grad
     assert vitals.sample[0].shape == (32, HIDDEN)
+
+
+def random_step(generator: torch.Generator, alive: dict[str, int]) -> tuple[Tensor, Tensor | None]:
+    """Counts (4, E) of experts of two fields, of which one or both may have had no token, and perhaps signals."""
+    experts = sum(alive.values())
+    field_E = torch.arange(experts) % 2
+    here = torch.rand(2, generator=generator) < 0.7
+    received = torch.randint(0, 5, (experts,), generator=generator).double() * here[field_E]
+    of_field = torch.stack([received[field_E == field].sum() for field in (0, 1)])[field_E]
+    counts = torch.stack([received, received * torch.rand(experts, generator=generator), received // 2, of_field])
+    signals = (
+        torch.rand(4, experts, generator=generator).double() if torch.rand((), generator=generator) < 0.3 else None
+    )
+    return counts, signals
+
+
+@given(st.integers(0, 2**16), st.sets(st.integers(0, 39)), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_vitals_do_not_depend_on_when_somebody_looks(seed: int, looks: set[int], dense: bool) -> None:
+    alive = {"frozen": 2, "trainable": 3}
+    at_once, later = (Vitals({"frozen": 2, "trainable": 4}, decay=0.8) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(40):
+        counts, signals = random_step(generator, alive)
+        tokens = None if dense else counts[0].sum() / 1.5
+        for vitals in (at_once, later):
+            vitals.fold(counts, alive, signals=signals, tokens=tokens, places=2 if dense else 0)
+        at_once.settle()
+        if step in looks:
+            assert int(later.steps) == int(at_once.steps)
+    assert not at_once.backlog and len(later.backlog) < 40
+    expected, found = at_once.state_dict(), later.state_dict()
+    assert {name for name in expected if not torch.equal(expected[name], found[name])} == set()
+
+
+def test_a_copy_and_a_cast_of_vitals_hold_what_was_deferred() -> None:
+    vitals = Vitals({"trainable": 2}, decay=0.5)
+    counts = of_one_field(torch.tensor([[3.0, 1.0]] * 3, dtype=torch.float64))
+    vitals.fold(counts, {"trainable": 2})
+    assert vitals.backlog
+    twin = copy.deepcopy(vitals)
+    vitals.half()
+    for each in (vitals, twin):
+        assert each.table("trainable").load.tolist() == [1.5, 0.5] and not each.backlog
+    vitals.fold(counts, {"trainable": 2})
+    vitals.load_state_dict(twin.state_dict())
+    assert int(vitals.steps) == 1, "what was pending before a load is not of the loaded life"
