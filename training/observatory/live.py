@@ -27,7 +27,15 @@ from living_moe.configuration.sections import LifecycleConfig
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
 from living_moe.training.checkpointing import newest_model
 from living_moe.training.observatory.records import Follower, Run
-from living_moe.training.observatory.states import FROZEN, HEALTHY, NEWBORN, STATE_COLUMNS, STATES, lifecycle_of, states_of
+from living_moe.training.observatory.states import (
+    FROZEN,
+    HEALTHY,
+    NEWBORN,
+    STATE_COLUMNS,
+    STATES,
+    lifecycle_of,
+    states_of,
+)
 from living_moe.training.observatory.trackers import leaderboard
 from living_moe.training.observatory.vitals_log import Array, NewestSnapshot, Snapshot
 from living_moe.training.reporting import event_line
@@ -295,7 +303,9 @@ def population_of(
     layers = {}
     for layer in np.unique(snapshot.layer_E).tolist():
         first, end = np.searchsorted(snapshot.layer_E, [layer, layer + 1])
-        columns = {name: snapshot[name][first:end] for name in ("uid", "load", "born", "parent") if _has(snapshot, name)}
+        columns = {
+            name: snapshot[name][first:end] for name in ("uid", "load", "born", "parent") if _has(snapshot, name)
+        }
         experts = end - first
         layers[layer] = Circles(
             layer=layer,
