@@ -1,4 +1,4 @@
-"""`living-moe`: convert, ternarize, export, inspect, lineage, watch, space, pictures, experts, train, quickstart, card."""
+"""The command `living-moe`: what it can do, and one clear line when it cannot."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What the live page shows of a run, kept up to date at little cost, and sent only where it has changed.
 
 `Live.state` reads what was appended to the run's records since the last call and returns plain JSON values in parts:
-`status` always, `population`, `timeline`, `events` and `board` when they are not those the caller knows. A population is
-the last snapshot with the events since; a timeline has a fixed number of points however long the run.
+`status` always, `population`, `timeline`, `events` and `board` when they are not those the caller knows. A population
+is the last snapshot with the events since; a timeline has a fixed number of points however long the run.
 
 Reads only. E experts of a snapshot, L losses, B edges of a timeline.
 """

@@ -55,13 +55,13 @@ def who_serves(model: LivingMoeForCausalLM, ids_S: Tensor) -> list[Served]:
     for block, (index_SK, weight_SK) in zip(model.living_blocks, chosen, strict=True):
         # The last row is for index -1: a place that is not used.
         uids = torch.tensor([*block.population.uids, -1])
-        weight_SK, order_SK = weight_SK.masked_fill(index_SK < 0, 0.0).sort(1, descending=True, stable=True)
+        weight_SK, order_SK = weight_SK.masked_fill(index_SK < 0, 0.0).sort(dim=1, descending=True, stable=True)
         found.append(Served(uids[index_SK.long().gather(1, order_SK)], weight_SK))
     return found
 
 
 class PromptReader:
-    """Reads prompts with the newest saved model of a run; it is loaded for the first one, and again when there is a newer.
+    """Reads prompts with the newest saved model of a run: loaded for the first prompt, and when there is a newer one.
 
     Args:
         directory: Of a run or a checkpoint.
@@ -79,8 +79,9 @@ class PromptReader:
         return newest_model(self.directory)
 
     def __call__(self, text: str) -> dict[str, Any]:
-        """Plain values: `model`, `step`, `tokens` as text, `cut` (tokens left out), and `layers`, per layer and token the
-        list of (uid, weight), most weight first.
+        """Plain values: `model`, `step`, `tokens` as text, `cut` (tokens left out), and `layers`.
+
+        These hold, per layer and token, pairs of uid and weight, most weight first.
 
         Raises:
             TrainingError: There is no model yet, no tokenizer, nothing to read, or another prompt takes too long.

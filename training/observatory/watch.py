@@ -1,9 +1,9 @@
 """The live page: `living-moe watch` on loopback, and the same page as a Space.
 
-Starlette on uvicorn, what Gradio itself stands on, without the other 350 MB: the page is three files of ours, asks
-nobody else for anything, and polls `/state`, which sends what changed (live.py). It can be read only: no request names a
-file, the one that takes input (`/route`, a prompt) takes text of bounded length. On loopback other names than loopback's
-are refused, so that no web page can reach it through a name of its own that is made to point here.
+Starlette on uvicorn, what Gradio itself stands on, without the 350 MB around it: the page is two files of ours, asks
+nobody else for anything, and polls `/state`, which sends what changed (live.py). It only reads: no request names a
+file, and the one that takes input (`/route`, a prompt) takes text of bounded length. On loopback other host names than
+loopback's are refused, so that no web page can reach it through a name of its own that is made to point here.
 """
 
 from __future__ import annotations

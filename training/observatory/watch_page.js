@@ -84,7 +84,7 @@
   const draw = () => {
     if (!population) return;
     const colors = Object.fromEntries(Object.entries(STATES).map(([letter, name]) => [letter, ink(name)]));
-    const panel = ink("panel"), text = ink("text"), ring = ink("chosen"), full = limit(), ratio = window.devicePixelRatio || 1;
+    const panel = ink("panel"), ring = ink("chosen"), full = limit(), ratio = window.devicePixelRatio || 1;
     const lit = litUp();
     for (const layer of population.layers) {
       const { canvas, count } = canvases.get(layer.layer), g = geometry(layer);
@@ -116,12 +116,11 @@
           c.arc(x, y, most - 0.5, 0, 7);
           c.stroke();
         }
-        if (g.cell >= 24) {
-          const name = String(uid), inside = letter !== "s" && 2 * r > 7 * name.length + 5;
-          c.font = "600 11px system-ui, sans-serif";
-          c.fillStyle = inside ? panel : text;
-          if (inside) c.fillText(name, x, y + 0.5);
-          else { c.lineWidth = 3; c.strokeStyle = panel; c.strokeText(name, x, y + 0.5); c.fillText(name, x, y + 0.5); }
+        const name = String(uid);
+        c.font = "600 11px system-ui, sans-serif";
+        if (letter !== "s" && 2 * r > c.measureText(name).width + 4) {
+          c.fillStyle = panel;
+          c.fillText(name, x, y + 0.5);
         }
       });
     }
