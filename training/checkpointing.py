@@ -420,6 +420,7 @@ def load_generators(directory: str | Path, rank: int) -> None:
 
 
 __all__ = [
+    "FINAL_MODELS",
     "STATE_FOLDER",
     "capacities",
     "checkpoints",

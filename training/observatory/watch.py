@@ -52,6 +52,7 @@ class Watch:
 
     Args:
         path: Directory; that of a run may come later.
+        title: Of the page; default the directory's name.
         port: To listen on; 0 takes a free one.
         public: Listen on every address and for every host name, as behind the proxy of a Space; else on loopback only.
 
@@ -60,7 +61,7 @@ class Watch:
         RecordsError: `path` is a file.
     """
 
-    def __init__(self, path: str | Path, *, port: int = PORT, public: bool = False):
+    def __init__(self, path: str | Path, *, title: str | None = None, port: int = PORT, public: bool = False):
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigurationError(
@@ -76,7 +77,7 @@ class Watch:
         self.url = f"http://{LOOPBACK}:{self.port}/"
         self.server = uvicorn.Server(
             uvicorn.Config(
-                application(path, public=public),
+                application(path, title=title, public=public),
                 http="h11",
                 ws="none",
                 lifespan="off",
@@ -122,11 +123,12 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-def application(path: str | Path, *, public: bool = False) -> Any:
+def application(path: str | Path, *, title: str | None = None, public: bool = False) -> Any:
     """The page as an ASGI application.
 
     Args:
         path: Directory of a run or a checkpoint.
+        title: Of the page; default the directory's name.
         public: Answer to any host name, and in other sites' frames.
     """
     from starlette.applications import Starlette
@@ -141,7 +143,7 @@ def application(path: str | Path, *, public: bool = False) -> Any:
     live, prompts = Live(path), PromptReader(path)
     lineage = Lineage(path, live)
     room = files(__package__)
-    name = html.escape(Path(path).resolve().name)
+    name = html.escape(title or Path(path).resolve().name)
     page = Template(room.joinpath("watch_page.html").read_text(encoding="utf-8")).substitute(name=name)
     script = room.joinpath("watch_page.js").read_text(encoding="utf-8")
 
@@ -226,14 +228,19 @@ class Lineage:
 
 
 def serve(
-    path: str | Path, *, port: int = PORT, public: bool = False, announce: Callable[[str], None] | None = None
+    path: str | Path,
+    *,
+    title: str | None = None,
+    port: int = PORT,
+    public: bool = False,
+    announce: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the page until interrupted; see `Watch`.
 
     Args:
         announce: Called with the page's address when it can be opened.
     """
-    watch = Watch(path, port=port, public=public)
+    watch = Watch(path, title=title, port=port, public=public)
     if announce is not None:
         announce(watch.url)
     watch.run()
