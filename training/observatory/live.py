@@ -148,8 +148,10 @@ class Live:
         snapshot = self._next_snapshot(run)
         if snapshot is not None:
             self._snapshot = snapshot
-            self._since = [event for event in self._since if event.step > snapshot.step]
             self._renew("board")
+        if self._snapshot is not None:
+            known = self._snapshot.step
+            self._since = [event for event in self._since if event.step > known]
         if snapshot is not None or events:
             self._renew("population")
         if events:
