@@ -33,6 +33,7 @@ from living_moe.training.observatory.states import (
     NEWBORN,
     STATE_COLUMNS,
     STATES,
+    ages_of,
     lifecycle_of,
     states_of,
 )
@@ -243,7 +244,7 @@ class Live:
 
     def _board(self, run: Run) -> dict[str, Any]:
         busiest = None
-        if self._snapshot is not None:
+        if self._snapshot is not None and ages_of(self._snapshot).any():
             try:
                 columns, rows = leaderboard(self._snapshot, LEADERS)
                 busiest = {"step": self._snapshot.step, "columns": columns, "rows": rows}
@@ -301,7 +302,7 @@ def population_of(
     """Who is alive now: the last snapshot with the events since; without one, what the events tell."""
     if snapshot is None:
         return _population_of_lives(run, lifecycle)
-    state_E = states_of(snapshot, lifecycle)
+    state_E, known_E = states_of(snapshot, lifecycle), ages_of(snapshot) > 0
     layers = {}
     for layer in np.unique(snapshot.layer_E).tolist():
         first, end = np.searchsorted(snapshot.layer_E, [layer, layer + 1])
@@ -312,7 +313,9 @@ def population_of(
         layers[layer] = Circles(
             layer=layer,
             uid=columns["uid"].tolist(),
-            load=[None] * experts if "load" not in columns else columns["load"].astype(float).round(3).tolist(),
+            load=[None] * experts
+            if "load" not in columns
+            else np.where(known_E[first:end], columns["load"].astype(float).round(3), None).tolist(),
             state=[_LETTERS[state] for state in state_E[first:end].tolist()],
             born=columns["born"].tolist() if "born" in columns else [0] * experts,
             parent=columns["parent"].tolist() if "parent" in columns else [-1] * experts,

@@ -20,7 +20,7 @@ from living_moe.training.observatory.vitals_log import Array, Snapshot, identity
 #: healthy      the policy has no reason to touch it;
 #: overloaded   it is above the threshold of a split: its load (of a clade's uniform share) above `split_load` or,
 #:              under `self_preservation`, the loss of its tokens rising by more than `split_divergence`;
-#: starved      its load is below `death_load`;
+#: starved      its load, once there is one, is below `death_load`;
 #: newborn      born of a split fewer than `min_age_steps` steps ago, when the policy does not judge it yet (wider
 #:              experts stay immune for longer; here all are newborn for as long as those of the first tier);
 #: frozen       it does not learn.
@@ -42,14 +42,19 @@ def lifecycle_of(header: Mapping[str, Any]) -> LifecycleConfig:
 def states_of(snapshot: Snapshot, lifecycle: LifecycleConfig) -> Array:
     """The state of each expert, an index of `STATES`, int8 (E,). Columns that were not written count as 0."""
     scores = scores_of(snapshot, lifecycle)
-    age_E = _column(snapshot, "age") if "age" in snapshot.columns else snapshot.step - _column(snapshot, "born")
+    age_E = ages_of(snapshot)
     parent_E = snapshot["parent"] if "parent" in snapshot.columns else np.full(len(snapshot), -1)
     state_E = np.full(len(snapshot), HEALTHY, np.int8)
     state_E[scores["split"] > 0.5] = OVERLOADED
-    state_E[scores["death"] > 0.5] = STARVED
+    state_E[(scores["death"] > 0.5) & (age_E > 0)] = STARVED
     state_E[(parent_E >= 0) & (age_E < lifecycle.min_age_steps)] = NEWBORN
     state_E[_column(snapshot, "frozen") > 0] = FROZEN
     return state_E
+
+
+def ages_of(snapshot: Snapshot) -> Array:
+    """Optimizer steps that experts have lived, (E,); at 0 nothing has been measured of them yet."""
+    return _column(snapshot, "age") if "age" in snapshot.columns else snapshot.step - _column(snapshot, "born")
 
 
 def scores_of(snapshot: Snapshot, lifecycle: LifecycleConfig) -> dict[str, Array]:
@@ -84,4 +89,4 @@ def _beyond(value: Array, threshold: float) -> Array:
     return value / (value + max(threshold, 1e-9))
 
 
-__all__ = ["STATES", "STATE_COLUMNS", "lifecycle_of", "scores_of", "states_of"]
+__all__ = ["STATES", "STATE_COLUMNS", "ages_of", "lifecycle_of", "scores_of", "states_of"]

@@ -182,7 +182,7 @@
     host.append(head, svg);
     return host;
   };
-  const short = (v) => (Math.abs(v) >= 10000 ? (v / 1000).toFixed(0) + "k" : Math.abs(v) >= 100 || Number.isInteger(v) ? fmt(Math.round(v)) : v.toPrecision(3));
+  const short = (v) => (Math.abs(v) >= 100000 ? (v / 1000).toFixed(0) + "k" : Math.abs(v) >= 100 || Number.isInteger(v) ? fmt(Math.round(v)) : v.toPrecision(3));
   const showTimeline = () => {
     const t = timeline;
     if (!t || (!t.experts.some(Boolean) && !t.loss.mean.some((v) => v !== null))) return;

@@ -4,25 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import token_ids
+from factories import save_with_words, token_ids
 from lives import busy_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from living_moe.configuration.errors import LivingMoeError, TrainingError
 from living_moe.training.observatory import routing
 from living_moe.training.observatory.performance import read
 from living_moe.training.observatory.routing import PromptReader, who_serves
-
-
-def save_with_words(model, directory: Path) -> None:
-    """A checkpoint whose tokenizer knows the words w0 to w59."""
-    model.save_pretrained(directory)
-    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(60)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
 @pytest.mark.parametrize("preset", ["grow", "frozen-graft", "synaptic-router"])

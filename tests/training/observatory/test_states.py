@@ -36,6 +36,10 @@ def test_a_newborn_is_one_until_the_policy_s_minimum_age_and_the_frozen_are_froz
     assert names(found) == ["newborn", "overloaded", "starved", "frozen"]
 
 
+def test_nobody_starves_before_anything_was_measured() -> None:
+    assert names(states_of(snapshot(load=[0.0, 0.0], age=[0, 1]), LIMITS)) == ["healthy", "starved"]
+
+
 def test_overload_is_of_a_clade_s_share_as_the_policy_has_it() -> None:
     # Four experts in two clades: a clade's uniform share is twice an expert's.
     load = [2.9, 3.1, 0.5, 0.5]
