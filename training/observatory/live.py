@@ -188,7 +188,9 @@ class Live:
             return {"name": name, "state": "waiting", "waiting": self._waiting, "notes": []}
         begun = bool(run.log or run.events or self._snapshot is not None)
         losses = self._losses[-_LOSS_WINDOW:]
-        signals = next((entry["signals"] for entry in reversed(run.log[-50:]) if "signals" in entry), {})
+        signals: dict[str, Any] = next(
+            (entry["signals"] for entry in reversed(run.log[-50:]) if "signals" in entry), {}
+        )
         return {
             "name": name,
             "state": run.state if begun else "waiting",
@@ -302,24 +304,19 @@ def population_of(
     """Who is alive now: the last snapshot with the events since; without one, what the events tell."""
     if snapshot is None:
         return _population_of_lives(run, lifecycle)
-    state_E, known_E = states_of(snapshot, lifecycle), ages_of(snapshot) > 0
+    measured_E = (ages_of(snapshot) > 0).tolist()
+    loads = zip(_values(snapshot, "load", 0.0), measured_E, strict=True)
+    columns: dict[str, list[Any]] = {
+        "uid": snapshot["uid"].tolist(),
+        "load": [round(load, 3) if measured else None for load, measured in loads],
+        "state": [_LETTERS[state] for state in states_of(snapshot, lifecycle).tolist()],
+        "born": _values(snapshot, "born", 0),
+        "parent": _values(snapshot, "parent", -1),
+    }
     layers = {}
     for layer in np.unique(snapshot.layer_E).tolist():
         first, end = np.searchsorted(snapshot.layer_E, [layer, layer + 1])
-        columns = {
-            name: snapshot[name][first:end] for name in ("uid", "load", "born", "parent") if _has(snapshot, name)
-        }
-        experts = end - first
-        layers[layer] = Circles(
-            layer=layer,
-            uid=columns["uid"].tolist(),
-            load=[None] * experts
-            if "load" not in columns
-            else np.where(known_E[first:end], columns["load"].astype(float).round(3), None).tolist(),
-            state=[_LETTERS[state] for state in state_E[first:end].tolist()],
-            born=columns["born"].tolist() if "born" in columns else [0] * experts,
-            parent=columns["parent"].tolist() if "parent" in columns else [-1] * experts,
-        )
+        layers[layer] = Circles(layer, **{name: column[first:end] for name, column in columns.items()})
     for event in since:
         if event.layer < 0:
             continue
@@ -336,8 +333,10 @@ def population_of(
     return [layers[layer] for layer in sorted(layers)]
 
 
-def _has(snapshot: Snapshot, name: str) -> bool:
-    return name in snapshot.columns
+def _values(snapshot: Snapshot, name: str, missing: float) -> list[Any]:
+    """A column, or what stands for one that was not written."""
+    found: list[Any] = snapshot.columns[name].tolist() if name in snapshot.columns else [missing] * len(snapshot)
+    return found
 
 
 def _population_of_lives(run: Run, lifecycle: LifecycleConfig) -> list[Circles]:

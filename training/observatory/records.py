@@ -296,8 +296,12 @@ def _read_checkpoint(directory: Path) -> Run:
     if tail.cut:
         notes.append(cut_note(tail))
     config = model.config
-    header = {"family": config.backbone_config.model_type, "preset": config.preset, "layers": len(model.living_blocks)}
-    header["lifecycle"] = config.lifecycle.to_dict()
+    header = {
+        "family": config.backbone_config.model_type,
+        "preset": config.preset,
+        "layers": len(model.living_blocks),
+        "lifecycle": config.lifecycle.to_dict(),
+    }
     return Run(directory, header, events=events, notes=notes, saved=snapshot_of(model))
 
 
