@@ -124,8 +124,8 @@ class Live:
                 self._take(self._follower.run)
             self._look_at_model()
             self._waiting = ""
-        except LivingMoeError as error:
-            # A run that has not begun, or whose files are being replaced.
+        except (LivingMoeError, OSError) as error:
+            # A run that has not begun, or whose files are just being replaced.
             self._waiting, self._follower = str(error), None
             self._begin(None)
         self._looked = time.monotonic()
@@ -170,8 +170,13 @@ class Live:
 
     def _look_at_model(self) -> None:
         """What was measured of the newest saved model's experts, if anything was."""
-        place = newest_model(self.path)
-        seen = None if place is None else (place, (place / "config.json").stat().st_mtime_ns)
+        place, seen = newest_model(self.path), None
+        if place is not None:
+            try:
+                seen = place, (place / "config.json").stat().st_mtime_ns
+            except FileNotFoundError:
+                # Old checkpoints are deleted as new ones come.
+                return
         if seen != self._model:
             self._model, self._measured = seen, None if place is None else measured_of(place)
             self._renew("board")

@@ -119,7 +119,10 @@ class PromptReader:
                 f"{self.directory.resolve().name} has no saved model yet (final or checkpoint-N) that could read a "
                 f"prompt; train with --save-steps, or wait for the end."
             )
-        seen = place, (place / "config.json").stat().st_mtime_ns
+        try:
+            seen = place, (place / "config.json").stat().st_mtime_ns
+        except FileNotFoundError as error:
+            raise TrainingError(f"{place.name} was just deleted; try again.") from error
         if seen != self._seen or self._model is None or self._tokenizer is None:
             # One model at a time in memory.
             self._seen = self._model = self._tokenizer = None
