@@ -25,7 +25,7 @@ from living_moe.training.reporting import JsonLog, event_line
 pytest.importorskip("starlette", reason="the extra `watch` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `watch` is not installed")
 
-Serve = Callable[[Path], str]
+Serve = Callable[..., str]
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def serve() -> Iterator[Serve]:
     """Serves a directory and returns the page's address."""
     running: list[tuple[module.Watch, threading.Thread]] = []
 
-    def start(path: Path) -> str:
-        watch = module.Watch(path, port=0)
+    def start(path: Path, **options: Any) -> str:
+        watch = module.Watch(path, port=0, **options)
         thread = threading.Thread(target=watch.run)
         thread.start()
         running.append((watch, thread))
@@ -97,6 +97,13 @@ def test_the_server_answers_on_loopback_to_loopback_s_names_only(run: Path, serv
         assert ask(url, host=host)[0] == status
         assert ask(url + "state", host=host)[0] == status
         assert ask(url + "route", b'{"prompt": "w1"}', host=host)[0] == status
+
+
+def test_in_a_space_it_answers_to_any_name_and_in_other_sites_frames(run: Path, serve: Serve) -> None:
+    status, page, headers = ask(serve(run, public=True, title="A Space"), host="someone-name.hf.space")
+    assert status == 200 and b"<h1>A Space</h1>" in page
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "frame-ancestors" not in headers["Content-Security-Policy"]
 
 
 def test_no_address_names_a_file_and_nothing_can_be_written(run: Path, serve: Serve) -> None:
