@@ -1,4 +1,4 @@
-"""What watching costs: size of a great run's records, time to build its page, overhead of a training step.
+"""What watching costs: size of a great run's records, time to build its page and to follow it, overhead of a step.
 
     python benchmarks/observatory.py            # the size of a run of 100,000 steps, page, overhead
     python benchmarks/observatory.py --quick    # a tenth of it
@@ -11,10 +11,12 @@ step by step between the steps themselves, so that other load on the machine fal
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import living_moe
 from living_moe.training.data import BlockLoader
 from living_moe.training.loop import LivingTrainer
-from living_moe.training.observatory import read_run
+from living_moe.training.observatory import live, read_run
 from living_moe.training.observatory.lineage_page import write_lineage_page
 from living_moe.training.observatory.recorder import Recorder
 from living_moe.training.observatory.trackers import Trackers, open_trackers, tracker_names
@@ -55,6 +57,42 @@ def sizes(directory: Path, experts: int, share: float) -> None:
     size = path.stat().st_size / 1e6
     print(
         f"  read in {read:.1f} s; read, and a page of {size:.1f} MB built, in {built:.1f} s ({cpu:.1f} s of CPU)",
+        flush=True,
+    )
+    polls(directory)
+
+
+def polls(directory: Path) -> None:
+    """CPU time of the live page's first look at a run, and of later ones, each after something was appended."""
+    live.PAUSE = 0.0
+    page = live.Live(directory)
+    known: dict[str, str] = {}
+
+    def look(times: int, change: Callable[[], None] = lambda: None) -> float:
+        spent = 0.0
+        for _ in range(times):
+            change()
+            begin = time.process_time()
+            answer = page.state(known)
+            json.dumps(answer)
+            spent += time.process_time() - begin
+            known.update(answer["versions"])
+        return 1000 * spent / times
+
+    def append(name: str, text: str) -> Callable[[], None]:
+        def act() -> None:
+            with (directory / name).open("a") as file:
+                file.write(text)
+
+        return act
+
+    last = {path.name: path.read_text().splitlines(keepends=True)[-1] for path in directory.glob("*.jsonl")}
+    whole = [line for line in (directory / "vitals.jsonl").read_text().splitlines(True) if '"whole": true' in line][-1]
+    print(
+        f"  live page: first look {look(1) / 1000:.1f} s of CPU; then, in ms, {look(50):.2f} with nothing new, "
+        f"{look(20, append('log.jsonl', last['log.jsonl'])):.1f} after a step, "
+        f"{look(20, append('lineage.jsonl', last['lineage.jsonl'])):.1f} after an event, "
+        f"{look(3, append('vitals.jsonl', whole)):.1f} after a snapshot",
         flush=True,
     )
 

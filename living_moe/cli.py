@@ -1,4 +1,4 @@
-"""`living-moe`: convert, ternarize, export, inspect, lineage, pictures, experts, train, quickstart, card."""
+"""The command `living-moe`: what it can do, and one clear line when it cannot."""
 
 from __future__ import annotations
 
@@ -84,6 +84,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     lineage.add_argument("--out", type=Path, help="the page to write (default: lineage.html in the run's directory)")
     lineage.set_defaults(run=run_lineage)
+
+    watch = commands.add_parser("watch", help="a live page of a run while it trains, on this machine only")
+    watch.add_argument(
+        "directory",
+        metavar="RUN",
+        type=Path,
+        help="a run's directory (also one that does not exist yet), or a checkpoint's",
+    )
+    watch.add_argument(
+        "--port", type=int, default=7860, help="port of 127.0.0.1; 0 takes a free one (default %(default)s)"
+    )
+    watch.set_defaults(run=run_watch)
+
+    space = commands.add_parser(
+        "space", help="write a folder that shows a saved model's population as a Space of the hub"
+    )
+    space.add_argument("source", metavar="MODEL", type=Path, help="a checkpoint's directory, or a run's with one in it")
+    space.add_argument("target", type=Path, help="the folder to write; must not exist or be empty")
+    space.add_argument("--title", help="the Space's title (default: the model's name)")
+    space.set_defaults(run=run_space)
 
     train = commands.add_parser(
         "train", help="train a living model in this process (see also: accelerate launch -m living_moe.training.train)"
@@ -227,6 +247,22 @@ def run_lineage(arguments: argparse.Namespace) -> None:
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"lineage of {len(run.lives()):,} experts written to {path}")
+
+
+def run_watch(arguments: argparse.Namespace) -> None:
+    from living_moe.training.observatory.watch import serve
+
+    def announce(url: str) -> None:
+        print(f"watching {arguments.directory} at {url} (Ctrl-C ends it)", flush=True)
+
+    serve(arguments.directory, port=arguments.port, announce=announce)
+
+
+def run_space(arguments: argparse.Namespace) -> None:
+    from living_moe.space import write_space
+
+    target = write_space(arguments.source, arguments.target, title=arguments.title)
+    print(f"Space written to {target}; push it with: hf upload YOU/NAME {target} --repo-type space")
 
 
 def run_train(arguments: argparse.Namespace) -> None:

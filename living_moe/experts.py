@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from living_moe.configuration.errors import ConfigurationError, TrainingError
 from living_moe.conversion.export import load_living
 from living_moe.modeling_living_moe import LivingMoeForCausalLM
+from living_moe.training.checkpointing import newest_model
 from living_moe.training.data import TokenBlocks, read_blocks
 from living_moe.training.observatory.leaderboard import (
     card_leaderboard,
@@ -23,8 +23,6 @@ from living_moe.training.observatory.leaderboard import (
 from living_moe.training.observatory.performance import Performance, measure
 from living_moe.training.observatory.pictures import DARK, LIGHT, PICTURES, THEMES, Scene, draw_pictures
 from living_moe.training.observatory.records import read_run
-
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def show_experts(
@@ -118,7 +116,11 @@ def show_pictures(
     run = read_run(path)
     performance = None
     if text is not None:
-        model, tokenizer, blocks = _prepare(str(newest_model(path)), text, block_size)
+        if (newest := newest_model(path)) is None:
+            raise TrainingError(
+                f"{path} has no checkpoint yet (final or checkpoint-N) that could read a text; leave --text out."
+            )
+        model, tokenizer, blocks = _prepare(str(newest), text, block_size)
         performance = measure(model, blocks, tokenizer=tokenizer, leave_out=False)
     themes = [LIGHT, DARK] if theme == "both" else [THEMES[theme]]
     written, missing = draw_pictures(
@@ -131,20 +133,3 @@ def show_pictures(
     for note in run.notes:
         console.print(f"note: {note}", soft_wrap=True)
     return written
-
-
-def newest_model(path: Path) -> Path:
-    """The checkpoint of a run that trained longest: `final`, else the highest `checkpoint-N`; or the path itself.
-
-    Raises:
-        TrainingError: There is none.
-    """
-    numbered = [
-        (int(found[1]), place) for place in path.glob("checkpoint-*") if (found := _NUMBERED.fullmatch(place.name))
-    ]
-    for place in (path, path / "final", *(place for _, place in sorted(numbered, reverse=True))):
-        if (place / "config.json").is_file():
-            return place
-    raise TrainingError(
-        f"{path} has no checkpoint yet (final or checkpoint-N) that could read a text; leave --text out."
-    )

@@ -31,16 +31,20 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from living_moe.configuration.errors import CheckpointError, TrainingError
 from living_moe.conversion import convert
 from living_moe.modeling_living_moe import LifecycleEvent, LivingMoeForCausalLM
+from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME
 from living_moe.records import parameter_counts
 from living_moe.texts import documentation, read_text, source_code
 from living_moe.training.data import BlockLoader
 from living_moe.training.evaluation import Evaluation, evaluate_blocks, in_eval_mode
-from living_moe.training.loop import LivingTrainer, StepRecord
+from living_moe.training.loop import Hook, LivingTrainer, StepRecord
 from living_moe.training.malloc import tune_malloc
 from living_moe.training.observatory.lineage_page import PAGE_NAME, write_lineage_page
 from living_moe.training.observatory.pictures import Scene, draw_pictures
-from living_moe.training.observatory.records import read_run
+from living_moe.training.observatory.recorder import Recorder
+from living_moe.training.observatory.records import LOG_NAME, RUN_NAME, read_run
+from living_moe.training.observatory.vitals_log import VITALS_NAME
 from living_moe.training.optimizers import LivingAdamW
+from living_moe.training.reporting import JsonLog
 
 #: Steps averaged on either side of an event.
 AROUND = 20
@@ -121,7 +125,8 @@ def quickstart(
     """Run it. Files go to `output`, which is replaced if an earlier quickstart wrote it.
 
     Args:
-        output: Gets `base/`, `living/`, `living-trained/`, `figures/`, `results.json`.
+        output: Gets `base/`, `living/`, `living-trained/`, `figures/`, `results.json`, and the records of the living
+            model's run, which `living-moe watch` and `lineage` open.
         first, second: Text files of the two domains; None takes the interpreter's documentation, and its source code.
         seed: Of weights, data order and lifecycle.
         smoke: A few steps only.
@@ -162,7 +167,7 @@ def quickstart(
     )
     rows = {
         "plain": learn_second(MixtralForCausalLM.from_pretrained(output / "base"), domains, sizes, seed, console),
-        "living": learn_second(living, domains, sizes, seed, console, living_model=living),
+        "living": learn_second(living, domains, sizes, seed, console, living_model=living, records=output),
     }
     console.print(results_table(rows, domains))
     plain, life = rows["plain"], rows["living"]
@@ -192,6 +197,7 @@ def prepare_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         ours = output.is_dir() and {entry.name for entry in output.iterdir()} <= {
             "base", "living", "living-trained", "figures", "results.json",
+            RUN_NAME, LOG_NAME, LINEAGE_NAME, VITALS_NAME,
         }  # fmt: skip
         if not ours:
             raise CheckpointError(f"{output} holds other files; choose another directory with --output.")
@@ -282,15 +288,16 @@ def learn_second(
     console: Console,
     *,
     living_model: LivingMoeForCausalLM | None = None,
+    records: Path | None = None,
 ) -> Result:
-    """Fine-tune on the second domain; a row of the table."""
+    """Fine-tune on the second domain; a row of the table. A living model's run is recorded in `records`."""
     name = "plain Mixtral" if living_model is None else "living Mixtral"
     before = [measure(model, domain, sizes) for domain in domains]
     meter = None if living_model is None else JumpMeter(living_model, domains[1].train[: sizes.batch])
     started = time.perf_counter()
     title = f"{name} learns {domains[1].name}"
     lr = sizes.finetune_lr if living_model is None else sizes.living_lr
-    losses = train(model, domains[1], sizes.finetune_steps, lr, sizes, seed + 1, title, console)
+    losses = train(model, domains[1], sizes.finetune_steps, lr, sizes, seed + 1, title, console, records=records)
     seconds = time.perf_counter() - started - (0.0 if meter is None else meter.seconds)
     after = [measure(model, domain, sizes) for domain in domains]
     if living_model is None:
@@ -310,9 +317,22 @@ def measure(model: nn.Module, domain: Domain, sizes: Sizes) -> Evaluation:
 
 
 def train(
-    model: Any, domain: Domain, steps: int, lr: float, sizes: Sizes, seed: int, title: str, console: Console
+    model: Any,
+    domain: Domain,
+    steps: int,
+    lr: float,
+    sizes: Sizes,
+    seed: int,
+    title: str,
+    console: Console,
+    *,
+    records: Path | None = None,
 ) -> list[float]:
-    """Train for `steps`; returns the losses. The same optimizer settings for every model."""
+    """Train for `steps`; returns the losses. The same optimizer settings for every model.
+
+    Args:
+        records: Directory for the records of a living model's run.
+    """
     settings: dict[str, Any] = {"lr": lr, "weight_decay": 0.1, "betas": (0.9, 0.95)}
     optimizer: Optimizer
     if isinstance(model, LivingMoeForCausalLM):
@@ -333,8 +353,14 @@ def train(
             experts = f", experts {'/'.join(map(str, step.experts))}" if step.experts else ""
             progress.update(task, advance=1, note=f"loss {step.loss:.3f}{experts}")
 
+        hooks: list[Hook] = [follow]
+        if records is not None:
+            recorder = Recorder(records, model, max_steps=steps, every=10)
+            hooks += [recorder, JsonLog(records / LOG_NAME)]
         data = BlockLoader(domain.train, sizes.batch, seed=seed)
-        LivingTrainer(model, data, optimizer, scheduler, max_steps=steps, max_grad_norm=1.0, hooks=[follow]).run()
+        LivingTrainer(model, data, optimizer, scheduler, max_steps=steps, max_grad_norm=1.0, hooks=hooks).run()
+        if records is not None:
+            recorder.close()
     return losses
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
     DeepseekV3Config,
@@ -19,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -123,6 +127,14 @@ def living_model(
             model.model.fields.fold(model.model.fields.pending())
         assert bool(model.model.fields.awake)
     return model
+
+
+def save_with_words(model: PreTrainedModel, directory: Path) -> None:
+    """A checkpoint whose tokenizer knows the words w0 to w59."""
+    model.save_pretrained(directory)
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(60)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
 def token_ids(batch: int, length: int, seed: int = 0, low: int = 3, high: int = VOCAB) -> Tensor:

@@ -43,6 +43,8 @@ STATE_NAME = "state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 #: Of `state.json`; newer is refused.
 STATE_VERSION = 1
+#: Folders of models that were trained to the end.
+FINAL_MODELS = ("final", "living-trained")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -72,6 +74,19 @@ def latest_checkpoint(output_dir: str | Path) -> Path:
             f"{output_dir} has no complete checkpoint to resume from; leave resume_from out to start."
         )
     return found[-1]
+
+
+def newest_model(directory: str | Path) -> Path | None:
+    """The saved model of a run that trained longest; a checkpoint is its own.
+
+    That is `final`, or `living-trained` as the quickstart calls it, else the highest `checkpoint-N`, resumable or not.
+    """
+    root = Path(directory)
+    numbered = [
+        (int(match[1]), path) for path in root.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    places = (root, *(root / name for name in FINAL_MODELS), *(path for _, path in sorted(numbered, reverse=True)))
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def remove_old_checkpoints(output_dir: str | Path, keep: int) -> None:
@@ -405,6 +420,7 @@ def load_generators(directory: str | Path, rank: int) -> None:
 
 
 __all__ = [
+    "FINAL_MODELS",
     "STATE_FOLDER",
     "capacities",
     "checkpoints",
@@ -413,6 +429,7 @@ __all__ = [
     "load_generators",
     "load_model",
     "load_optimizer",
+    "newest_model",
     "read_state",
     "remove_old_checkpoints",
     "reserve",

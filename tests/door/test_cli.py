@@ -15,6 +15,8 @@ import living_moe
 from living_moe.cli import main, parse_overrides
 from living_moe.configuration.errors import ConfigurationError
 from living_moe.quickstart import Sizes, quickstart
+from living_moe.training.checkpointing import newest_model
+from living_moe.training.observatory import read_run
 
 
 @pytest.fixture
@@ -119,6 +121,10 @@ def test_the_quickstart_tells_the_whole_story_in_small(tmp_path: Path):
         "expert-map.png",
         "lineage.html",
     }
+    run = read_run(tmp_path / "run")
+    assert run.state == "finished" and run.series("loss")[0] == list(range(1, 7)) and run.vitals_steps == [0, 6]
+    assert run.events == read_run(tmp_path / "run" / "living-trained").events != []
+    assert newest_model(tmp_path / "run") == tmp_path / "run" / "living-trained"
     assert "perplexity" in (tmp_path / "run" / "living-trained" / "README.md").read_text(encoding="utf-8").lower()
 
 

@@ -72,11 +72,11 @@ def what_it_reads(
         if row[place] not in shown:
             before, after = row[max(0, place - CONTEXT) : place], row[place + 1 : place + 1 + CONTEXT]
             parts = (before, [row[place]], after)
-            shown[row[place]] = tuple(_text(ids, tokenizer) for ids in parts)  # type: ignore[assignment]
-    return Reads(layer, uid, [_text([token], tokenizer) for token in best], list(shown.values()))
+            shown[row[place]] = tuple(shown_text(ids, tokenizer) for ids in parts)  # type: ignore[assignment]
+    return Reads(layer, uid, [shown_text([token], tokenizer) for token in best], list(shown.values()))
 
 
-def _text(ids: Sequence[int], tokenizer: Any) -> str:
+def shown_text(ids: Sequence[int], tokenizer: Any) -> str:
     """What ids say, on one line, spaces at the ends kept: they belong to the tokens."""
     if tokenizer is None:
         return " ".join(map(str, ids))

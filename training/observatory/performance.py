@@ -245,7 +245,7 @@ def undisturbed(model: LivingMoeForCausalLM) -> Iterator[None]:
 
 
 @contextmanager
-def _pool_hook(block: LivingMoeBlock, change: Any) -> Iterator[None]:
+def pool_hook(block: LivingMoeBlock, change: Any) -> Iterator[None]:
     """Calls `change(index_TK, weights_TK)` for new weights before a layer's experts compute."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -299,7 +299,7 @@ def read(model: LivingMoeForCausalLM, ids_NS: Tensor, *, batch_size: int = 8) ->
     losses = []
     with undisturbed(model), ExitStack() as hooks:
         for block, gate in zip(model.living_blocks, gates, strict=True):
-            hooks.enter_context(_pool_hook(block, gate))
+            hooks.enter_context(pool_hook(block, gate))
         for ids_BS in ids_NS.split(batch_size):
             loss_BS = _losses(model, ids_BS)
             for gate, grad_TK in zip(
@@ -340,7 +340,7 @@ def leave_one_out(model: LivingMoeForCausalLM, reading: Reading, *, batch_size: 
                 expert_B, block_B = pairs.unbind(1)
                 with (
                     begin.at(backbone, block_B),
-                    _pool_hook(block, _Without(expert_B.repeat_interleave(ids_NS.shape[1]))),
+                    pool_hook(block, _Without(expert_B.repeat_interleave(ids_NS.shape[1]))),
                 ):
                     loss_BS = _losses(model, ids_NS[block_B]).to("cpu", torch.float64)
                 delta_EN[expert_B, block_B] = (loss_BS - reading.loss_NS[block_B]).sum(1)

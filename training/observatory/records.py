@@ -24,6 +24,7 @@ from living_moe.configuration.errors import CheckpointError, RecordsError
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME
 from living_moe.training.observatory.lives import Life, lives_of
+from living_moe.training.observatory.tail import Tail
 from living_moe.training.observatory.vitals_log import VITALS_NAME, Snapshot, VitalsLog
 
 RUN_NAME, LOG_NAME = "run.json", "log.jsonl"
@@ -35,7 +36,7 @@ class Run:
 
     Attributes:
         path: Its directory.
-        header: `run.json`; empty where there is none.
+        header: `run.json`, or what a checkpoint's config says of the same; empty where there is none.
         log: Lines of the training log, oldest first: `step`, `lived`, `loss`, `experts`, every so often `routing` and
             `signals`.
         evaluations: Those lines of it that say `eval_loss`.
@@ -148,81 +149,140 @@ def read_run(path: str | Path) -> Run:
         RecordsError: There is no such directory, or nothing in it that a run has written.
         CheckpointError: A checkpoint of living_moe that is broken.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
-        raise RecordsError(f"{directory} {what}; give the directory of a run (its --output-dir) or of a checkpoint.")
-    present = [name for name in (RUN_NAME, LOG_NAME, VITALS_NAME) if (directory / name).is_file()]
-    if not present:
-        if (directory / "config.json").is_file():
-            return _read_checkpoint(directory)
-        if not (directory / LINEAGE_NAME).is_file():
+    return Follower(path).run
+
+
+class Follower:
+    """Keeps a run's records up to date while it trains: reads them once, then what is appended.
+
+    Args:
+        path: As for `read_run`, which says what is raised.
+
+    Attributes:
+        run: All that was read so far. Another object after the records were begun anew, as a resumed run does.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open()
+
+    def follow(self) -> bool:
+        """Read what was appended; whether anything was.
+
+        Raises:
+            RecordsError: The records are gone.
+        """
+        if self.run.saved is not None:
+            return False
+        # Without a lineage file events are the log's; when one comes it has all of them.
+        appeared = not self._has_lineage and self._lineage.path.is_file()
+        tails = [self._log, self._lineage, *([] if self.run.vitals is None else [self.run.vitals.tail])]
+        if appeared or any(tail.rewritten() for tail in tails):
+            self._open()
+            return True
+        return self._read_on()
+
+    def _open(self) -> None:
+        directory = self.path
+        if not directory.is_dir():
+            what = "is a file" if directory.exists() else "does not exist"
             raise RecordsError(
-                f"{directory} has no {LOG_NAME}, {LINEAGE_NAME} or {VITALS_NAME}; give the directory of a run (its "
-                f"--output-dir) or of a checkpoint."
+                f"{directory} {what}; give the directory of a run (its --output-dir) or of a checkpoint."
             )
-    run = Run(directory)
-    run.header = _read_header(directory / RUN_NAME, run.notes)
-    good = bool(run.header)
-    for entry in read_lines(directory / LOG_NAME, run.notes):
-        if not isinstance(entry.get("step"), int):
-            run.notes.append(f"{LOG_NAME}: a line without a step left out.")
-            continue
-        entry.setdefault("lived", entry["step"])
-        (run.evaluations if "eval_loss" in entry else run.log).append(entry)
-    run.events = read_events(directory / LINEAGE_NAME, run.notes)
-    if not (directory / LINEAGE_NAME).is_file():
-        run.events = [LifecycleEvent.from_dict(event) for entry in run.log for event in entry.get("events", ())]
-    if (directory / VITALS_NAME).is_file():
-        run.vitals = VitalsLog(directory / VITALS_NAME, run.notes)
-    good = good or bool(run.log or run.events or run.vitals_steps)
-    if not good and run.notes:
-        raise RecordsError(
-            f"{directory} has no line that a run of living_moe wrote ({run.notes[0]}); give the directory of a run."
-        )
-    return run
+        if not any((directory / name).is_file() for name in (RUN_NAME, LOG_NAME, VITALS_NAME)):
+            if (directory / "config.json").is_file():
+                self.run = _read_checkpoint(directory)
+                return
+            if not (directory / LINEAGE_NAME).is_file():
+                raise RecordsError(
+                    f"{directory} has no {LOG_NAME}, {LINEAGE_NAME} or {VITALS_NAME}; give the directory of a run "
+                    f"(its --output-dir) or of a checkpoint."
+                )
+        self.run = run = Run(directory)
+        self._header_seen: tuple[int, int] | None = None
+        self._log, self._lineage = Tail(directory / LOG_NAME), Tail(directory / LINEAGE_NAME)
+        self._has_lineage = self._lineage.path.is_file()
+        self._passing: list[str] = []
+        self._read_on()
+        if run.notes and not (run.header or run.log or run.events or run.vitals_steps):
+            raise RecordsError(
+                f"{directory} has no line that a run of living_moe wrote ({run.notes[0]}); give the directory of a run."
+            )
 
+    def _read_on(self) -> bool:
+        run = self.run
+        # What was said of lines in progress may hold no longer.
+        run.notes[:] = [note for note in run.notes if note not in self._passing]
+        self._passing = []
+        new = self._read_header()
+        for entry in self._objects(self._log):
+            new = True
+            if not isinstance(entry.get("step"), int):
+                run.notes.append(f"{LOG_NAME}: a line without a step left out.")
+                continue
+            entry.setdefault("lived", entry["step"])
+            (run.evaluations if "eval_loss" in entry else run.log).append(entry)
+            if not self._has_lineage:
+                run.events += [LifecycleEvent.from_dict(event) for event in entry.get("events", ())]
+        for event in events_of(self._objects(self._lineage), run.notes):
+            new = True
+            run.events.append(event)
+        if run.vitals is not None:
+            return run.vitals.follow() or new
+        if (path := self.path / VITALS_NAME).is_file():
+            run.vitals = VitalsLog(path, run.notes)
+            return True
+        return new
 
-def read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file, one a line; `notes` gets a sentence for each line that is none. No file, no lines."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict):
-                yield entry
-            elif line.endswith(b"\n"):
-                notes.append(f"{path.name}, line {number}: no record; left out.")
-            else:
-                notes.append(f"{path.name}: cut off in line {number}, the last one; {len(line)} bytes left out.")
-
-
-def read_events(path: Path, notes: list[str]) -> list[LifecycleEvent]:
-    """Events of a lineage file; `notes` gets a sentence for each line that is none."""
-    events = []
-    for entry in read_lines(path, notes):
+    def _read_header(self) -> bool:
+        path = self.path / RUN_NAME
+        found = path.stat() if path.is_file() else None
+        seen = None if found is None else (found.st_mtime_ns, found.st_ino)
+        if seen is None or seen == self._header_seen:
+            return False
+        self._header_seen = seen
         try:
-            events.append(LifecycleEvent.from_dict(entry))
+            header = json.loads(path.read_bytes())
+        except ValueError:
+            header = None
+        if isinstance(header, dict):
+            self.run.header = header
+            return True
+        self.run.notes.append(f"{path.name} is no JSON object; left out.")
+        return False
+
+    def _objects(self, tail: Tail) -> Iterator[dict[str, Any]]:
+        yield from objects_of(tail, self.run.notes)
+        if tail.cut:
+            self._passing.append(cut_note(tail))
+            self.run.notes.append(cut_note(tail))
+
+
+def objects_of(tail: Tail, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """JSON objects that were appended to a file, one a line; `notes` gets a sentence for each line that is none."""
+    for number, _, line in tail.new_lines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            yield entry
+        else:
+            notes.append(f"{tail.path.name}, line {number}: no record; left out.")
+
+
+def cut_note(tail: Tail) -> str:
+    """A sentence on what is behind the last whole line of a file."""
+    return f"{tail.path.name}: cut off in line {tail.lines + 1}, the last one; {tail.cut} bytes left out."
+
+
+def events_of(entries: Iterable[dict[str, Any]], notes: list[str]) -> Iterator[LifecycleEvent]:
+    """Events of a lineage file's lines; `notes` gets a sentence for each that is none."""
+    for entry in entries:
+        try:
+            yield LifecycleEvent.from_dict(entry)
         except CheckpointError as error:
-            notes.append(f"{path.name}: {error} Left out.")
-    return events
-
-
-def _read_header(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        header = json.loads(path.read_bytes())
-    except ValueError:
-        header = None
-    if isinstance(header, dict):
-        return header
-    notes.append(f"{path.name} is no JSON object; left out.")
-    return {}
+            notes.append(f"{LINEAGE_NAME}: {error} Left out.")
 
 
 def _read_checkpoint(directory: Path) -> Run:
@@ -231,8 +291,18 @@ def _read_checkpoint(directory: Path) -> Run:
 
     model = load_tables(directory, keys=True)
     notes: list[str] = []
-    events = read_events(directory / LINEAGE_NAME, notes)
-    return Run(directory, events=events, notes=notes, saved=snapshot_of(model))
+    tail = Tail(directory / LINEAGE_NAME)
+    events = list(events_of(objects_of(tail, notes), notes))
+    if tail.cut:
+        notes.append(cut_note(tail))
+    config = model.config
+    header = {
+        "family": config.backbone_config.model_type,
+        "preset": config.preset,
+        "layers": len(model.living_blocks),
+        "lifecycle": config.lifecycle.to_dict(),
+    }
+    return Run(directory, header, events=events, notes=notes, saved=snapshot_of(model))
 
 
 def _lives(pid: int) -> bool:
@@ -248,4 +318,4 @@ def _lives(pid: int) -> bool:
     return True
 
 
-__all__ = ["LOG_NAME", "RUN_NAME", "Run", "read_events", "read_lines", "read_run"]
+__all__ = ["LOG_NAME", "RUN_NAME", "Follower", "Run", "read_run"]

@@ -29,6 +29,7 @@ from living_moe.modeling_living_moe import LivingMoePreTrainedModel
 from living_moe.modeling_living_moe.drift import PHASES
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
 from living_moe.training.collapse import DEAD_LOAD, measures_of_load
+from living_moe.training.observatory.states import scores_of
 from living_moe.training.observatory.vitals_log import EXACT, Array, Snapshot, identity
 from living_moe.training.reporting import event_line
 
@@ -276,32 +277,6 @@ class Decisions:
         if not scores:
             return np.empty(0), np.empty(0, bool)
         return np.concatenate(scores), np.concatenate(outcomes)
-
-
-def scores_of(snapshot: Snapshot, lifecycle: LifecycleConfig) -> dict[str, Array]:
-    """How much the policy's measures ask for a split, merge or death of each expert, 0 to 1; 0.5 at its threshold."""
-    frozen_E, load_E = snapshot["frozen"].astype(bool), snapshot["load"].astype(float)
-    # Overload is measured against a clade's uniform share.
-    clades = np.unique(identity(snapshot.layer_E, snapshot["clade"])) >> 44
-    experts_L = np.bincount(snapshot.layer_E)
-    share_E = (np.bincount(clades, minlength=len(experts_L)) / np.maximum(experts_L, 1))[snapshot.layer_E]
-    over_E = np.where(frozen_E, 0.0, _beyond(load_E * share_E, lifecycle.split_load))
-    adapts_E = np.where(frozen_E, _beyond(snapshot["foreign_load"], lifecycle.adapt_load), 0.0)
-    split_E = np.maximum(over_E, adapts_E)
-    if lifecycle.policy == "self_preservation":
-        rises_E = _beyond(snapshot["divergence"].clip(min=0), lifecycle.split_divergence)
-        split_E = np.maximum(split_E, np.where(frozen_E, 0.0, rises_E))
-    return {
-        "split": split_E,
-        "merge": np.where(frozen_E, 0.0, 1.0 - _beyond(load_E, lifecycle.merge_load)),
-        "death": np.where(frozen_E, 0.0, 1.0 - _beyond(load_E, lifecycle.death_load)),
-    }
-
-
-def _beyond(value: Array, threshold: float) -> Array:
-    """0 at 0, 0.5 at the threshold, towards 1 above."""
-    value = np.maximum(np.asarray(value, float), 0.0)
-    return value / (value + max(threshold, 1e-9))
 
 
 def average_precision(scores: Array, outcomes: Array) -> float:

@@ -19,12 +19,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from living_moe.configuration.errors import RecordsError
+from living_moe.training.observatory.tail import Tail
 
 Array = npt.NDArray[Any]
 
@@ -203,31 +204,29 @@ class VitalsLog:
     def __init__(self, path: Path, notes: list[str]):
         self.path = path
         self.notes = notes
+        self.tail = Tail(path)
         self._lines: list[_Line] = []
-        self._read = 0
         self._cut = ""
         self.follow()
 
-    def follow(self) -> None:
-        """Take notice of what was appended since."""
-        start = self._read
+    def follow(self) -> bool:
+        """Take notice of what was appended since; whether there are new snapshots."""
+        if not self.tail.changed:
+            return False
+        known = len(self._lines)
+        for _, start, line in self.tail.new_lines():
+            found = _STEP.match(line)
+            if found and line.rstrip(b"\n").endswith(b"}}"):
+                self._lines.append(_Line(int(found[1]), found[2] == b"true", start, len(line)))
+            else:
+                self.notes.append(f"{self.path.name}: {len(line)} bytes at byte {start} are no snapshot; left out.")
         if self._cut:
             self.notes.remove(self._cut)
-            self._cut = ""
-        with self.path.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                found = _STEP.match(line)
-                if found and line.rstrip(b"\n").endswith(b"}}"):
-                    self._lines.append(_Line(int(found[1]), found[2] == b"true", start, len(line)))
-                elif not line.endswith(b"\n"):
-                    self._cut = f"{self.path.name}: cut off in its last line; {len(line)} bytes left out."
-                    self.notes.append(self._cut)
-                    break
-                elif line.strip():
-                    self.notes.append(f"{self.path.name}: {len(line)} bytes at byte {start} are no snapshot; left out.")
-                start += len(line)
-        self._read = start
+        cut = self.tail.cut
+        self._cut = f"{self.path.name}: cut off in its last line; {cut} bytes left out." if cut else ""
+        if self._cut:
+            self.notes.append(self._cut)
+        return len(self._lines) > known
 
     @property
     def steps(self) -> list[int]:
@@ -238,28 +237,11 @@ class VitalsLog:
         first = next((place for place, line in enumerate(self._lines) if line.step > after), len(self._lines))
         while 0 < first < len(self._lines) and not self._lines[first].whole:
             first -= 1
-        wanted = None if columns is None else set(columns)
-        codes: dict[str, Array] = {}
-        identity_E: Array | None = None
-        layer_E: Array = np.empty(0, np.int32)
+        decoder = _Decoder(self, columns)
         with self.path.open("rb") as file:
             for line in self._lines[first:]:
-                if identity_E is None and not line.whole:
-                    continue
-                file.seek(line.start)
-                try:
-                    layer_E, identity_E, codes = _next(
-                        json.loads(file.read(line.length)), layer_E, identity_E, codes, wanted
-                    )
-                except (ValueError, KeyError, TypeError, IndexError) as error:
-                    note = f"{self.path.name}: the snapshot of step {line.step} is broken ({error}); left out."
-                    if note not in self.notes:
-                        self.notes.append(note)
-                    identity_E = None
-                    continue
-                if line.step > after:
-                    found = {name: code if name in EXACT else unrounded(code) for name, code in codes.items()}
-                    yield Snapshot(line.step, layer_E, {"uid": identity_E & ((1 << 44) - 1), **found})
+                if decoder.decode(file, line) and line.step > after:
+                    yield decoder.snapshot()
 
     def latest(self, columns: Iterable[str] | None = None) -> Snapshot | None:
         """The last snapshot that can be read."""
@@ -268,6 +250,68 @@ class VitalsLog:
             if found := list(self.snapshots(columns, after=start)):
                 return found[-1]
         return None
+
+
+class _Decoder:
+    """Unpacks a log's lines one after the other, each from the one before."""
+
+    def __init__(self, log: VitalsLog, columns: Iterable[str] | None):
+        self._log = log
+        self._wanted = None if columns is None else set(columns)
+        self._step = -1
+        self._layer_E: Array = np.empty(0, np.int32)
+        self._identity_E: Array | None = None
+        self._codes: dict[str, Array] = {}
+
+    def decode(self, file: BinaryIO, line: _Line) -> bool:
+        """Go on to a line; False where it cannot be read, or nothing it stands on."""
+        if self._identity_E is None and not line.whole:
+            return False
+        file.seek(line.start)
+        try:
+            self._layer_E, self._identity_E, self._codes = _next(
+                json.loads(file.read(line.length)), self._layer_E, self._identity_E, self._codes, self._wanted
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            note = f"{self._log.path.name}: the snapshot of step {line.step} is broken ({error}); left out."
+            if note not in self._log.notes:
+                self._log.notes.append(note)
+            self._identity_E = None
+            return False
+        self._step = line.step
+        return True
+
+    def snapshot(self) -> Snapshot:
+        """What the last line said."""
+        assert self._identity_E is not None
+        found = {name: code if name in EXACT else unrounded(code) for name, code in self._codes.items()}
+        return Snapshot(self._step, self._layer_E, {"uid": self._identity_E & ((1 << 44) - 1), **found})
+
+
+class NewestSnapshot:
+    """The last snapshot of a log that grows; every line is unpacked once, those before the newest whole one never.
+
+    Args:
+        log: Followed by its owner.
+        columns: To unpack beside `uid`.
+    """
+
+    def __init__(self, log: VitalsLog, columns: Iterable[str]):
+        self._log = log
+        self._decoder = _Decoder(log, columns)
+        self._place = 0
+
+    def __call__(self) -> Snapshot | None:
+        """The newest snapshot since the last call; None where there is none."""
+        lines = self._log._lines
+        wholes = (place for place in range(len(lines) - 1, self._place, -1) if lines[place].whole)
+        first, good = next(wholes, self._place), False
+        if self._place < len(lines):
+            with self._log.path.open("rb") as file:
+                for line in lines[first:]:
+                    good = self._decoder.decode(file, line)
+        self._place = len(lines)
+        return self._decoder.snapshot() if good else None
 
 
 def _next(
@@ -295,4 +339,4 @@ def _next(
     return layer_E, identity_E, codes
 
 
-__all__ = ["EXACT", "VITALS_NAME", "Snapshot", "VitalsLog", "VitalsWriter", "identity"]
+__all__ = ["EXACT", "VITALS_NAME", "NewestSnapshot", "Snapshot", "VitalsLog", "VitalsWriter", "identity"]

@@ -1,17 +1,12 @@
-"""The interactive lineage: its records, and the page itself in headless Chromium.
-
-Screenshots go to the folder that LIVING_MOE_ARTEFACTS names, else to pytest's temporary one.
-"""
+"""The interactive lineage: its records, and the page itself in headless Chromium."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import opened
 from synthetic_run import write_synthetic_run
 
 from living_moe import LifecycleEvent
@@ -19,9 +14,6 @@ from living_moe.cli import main
 from living_moe.configuration.errors import RecordsError
 from living_moe.training.observatory import Run, read_run
 from living_moe.training.observatory.lineage_page import lineage_page, lineage_records, rows_of, write_lineage_page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 
 
 def split(step: int, parent: int, child: int) -> LifecycleEvent:
@@ -102,44 +94,6 @@ def test_the_command_writes_the_page_and_says_what_was_cut(
 # -- the page in a browser ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed (Debian's package: chromium)")
-    # WebGL in software, for machines without a GPU; a container has no user namespaces for the sandbox.
-    flags = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    named = os.environ.get("LIVING_MOE_ARTEFACTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("artefacts")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def opened(browser: Any, path: Path, *, size: str = "desktop", scheme: str = "light") -> tuple[Any, list[str]]:
-    """A page and what went wrong on it: console messages, errors, requests to anywhere."""
-    width, height = SIZES[size]
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(120_000)
-    page, wrong = context.new_page(), []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url),
-    )
-    page.goto(path.resolve().as_uri(), timeout=120_000)
-    page.wait_for_selector("body[data-ready=yes]")
-    return page, wrong
-
-
 def place_of(page: Any, layer: int, uid: int) -> tuple[float, float]:
     """Where on the screen the middle of an expert's bar is."""
     x, y = page.evaluate(
@@ -168,7 +122,7 @@ def test_the_page_opens_clean_and_a_click_lights_up_descendants(
     layer, uid = max(lives, key=descendants)
     assert descendants((layer, uid)) > 3
     for size, scheme in (("desktop", "light"), ("phone", "dark")):
-        page, wrong = opened(browser, path, size=size, scheme=scheme)
+        page, wrong = opened(browser, path.resolve().as_uri(), size=size, scheme=scheme)
         assert "cut off in line 91" in page.inner_text("#notes")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         page.mouse.click(*place_of(page, layer, uid))
@@ -184,7 +138,7 @@ def test_the_page_opens_clean_and_a_click_lights_up_descendants(
 
 
 def test_hovering_tells_the_story_search_finds_and_play_moves(run: Run, browser: Any, tmp_path: Path) -> None:
-    page, wrong = opened(browser, write_lineage_page(run, tmp_path / "lineage.html"))
+    page, wrong = opened(browser, write_lineage_page(run, tmp_path / "lineage.html").as_uri())
     newborn = next(life for life in run.lives().values() if life.parent is not None and life.fate == "death")
     page.mouse.move(*place_of(page, newborn.layer, newborn.uid))
     page.wait_for_selector("#tip", state="visible")
@@ -226,7 +180,7 @@ def test_a_frame_of_a_great_run_takes_the_page_less_than_a_frame_of_time(
     write_synthetic_run(tmp_path / "run", layers=16, founders=60, events=50_000, most=70, steps=5_000, every=500)
     run = read_run(tmp_path / "run")
     assert len(run.lives()) >= 5000 and len(run.events) == 50_000
-    page, wrong = opened(browser, write_lineage_page(run, tmp_path / "lineage.html"))
+    page, wrong = opened(browser, write_lineage_page(run, tmp_path / "lineage.html").as_uri())
     times = page.evaluate(
         """() => Array.from({ length: 60 }, (_, n) => {
             const slider = document.getElementById("step"), begin = performance.now();

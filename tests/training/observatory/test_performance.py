@@ -20,11 +20,11 @@ from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.training.collapse import routing_mutual_information
 from living_moe.training.observatory.performance import (
     ExpertRow,
-    _pool_hook,
     agreement,
     class_counts,
     leave_one_out,
     measure,
+    pool_hook,
     read,
     sample_blocks,
     spearman,
@@ -133,7 +133,7 @@ def test_the_estimate_is_the_change_for_a_gate_that_closes_a_little(
                 def closed(index_TK: Tensor, weights_TK: Tensor, gate: float = gate, expert: int = expert) -> Tensor:
                     return torch.where(index_TK == expert, gate * weights_TK, weights_TK)
 
-                with _pool_hook(block, closed):
+                with pool_hook(block, closed):
                     beside.append(read(model, ids_NS))
             if all(torch.equal(a, b) for one in beside for a, b in zip(one.index, reading.index, strict=True)):
                 difference = float((beside[0].loss_NS - beside[1].loss_NS).mean()) / (2 * little)

@@ -18,13 +18,13 @@ from living_moe.training import LivingMoeCallback
 from living_moe.training.observatory import read_run
 from living_moe.training.observatory.recorder import Recorder
 from living_moe.training.observatory.saved import snapshot_of
+from living_moe.training.observatory.states import scores_of
 from living_moe.training.observatory.trackers import (
     Decisions,
     Trackers,
     average_precision,
     leaderboard,
     open_trackers,
-    scores_of,
     tracker_names,
 )
 from living_moe.training.observatory.vitals_log import Snapshot

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from living_moe.configuration.errors import RecordsError
+from living_moe.training.observatory import vitals_log
 from living_moe.training.observatory.vitals_log import (
     WHOLE_EVERY,
+    NewestSnapshot,
     Snapshot,
     VitalsLog,
     VitalsWriter,
@@ -78,6 +80,36 @@ def test_snapshots_of_a_changing_population_are_read_back(tmp_path_factory: pyte
     latest = log.latest()
     assert latest is not None
     assert_close(latest, written[-1])
+
+
+def test_the_newest_snapshot_of_a_growing_log_is_its_last_and_every_line_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vitals_log, "WHOLE_EVERY", 5)
+    rng, path, notes = np.random.default_rng(0), tmp_path / "vitals.jsonl", []
+    writer = VitalsWriter(path)
+    writer.write(snapshot(0, population(rng)))
+    log = VitalsLog(path, notes)
+    newest, unpacked_lines = NewestSnapshot(log, ["clade", "load"]), []
+    decode = vitals_log._Decoder.decode
+    for step in range(1, 40):
+        writer.write(snapshot(step, population(rng)))
+        if rng.random() < 0.6:
+            continue
+        assert log.follow() and not log.follow()
+        expected = log.latest(["clade", "load"])
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                vitals_log._Decoder,
+                "decode",
+                lambda self, file, line: unpacked_lines.append(line.step) or decode(self, file, line),
+            )
+            found = newest()
+            assert newest() is None
+        assert found is not None and expected is not None and found.step == expected.step == step
+        assert set(found.columns) == {"uid", "clade", "load"}
+        assert all(np.array_equal(found[name], expected[name]) for name in found.columns)
+    assert len(unpacked_lines) == len(set(unpacked_lines)) < 40 and not notes
 
 
 def test_a_log_cut_at_any_byte_of_its_last_line_loses_that_line_only(tmp_path: Path) -> None:
