@@ -353,10 +353,10 @@ class PlasticityConfig(Section):
 
 @dataclass(kw_only=True)
 class SynapseConfig(Section):
-    """Short-term memory of a router's edges, and experts with two timescales (see synapse/).
+    """Short-term memory of a router's and of attention's edges, and experts with two timescales (see synapse/).
 
-    `router`: experts tire and are primed along a text. `postsynaptic`: experts have fast weights that learn without
-    gradients.
+    `router`: experts tire and are primed along a text. `attention`: keys do. `postsynaptic`: experts have fast weights
+    that learn without gradients. What comes before `attention` holds for both kinds of edges, but for `chunk`.
     """
 
     section_name: ClassVar[str] = "synapse"
@@ -375,6 +375,16 @@ class SynapseConfig(Section):
     strength: float = 0.0
     #: stochastic: with step and layer it determines every draw.
     seed: int = 0
+    #: Attention has synapses, attn_implementation "synaptic" (see synapse/attention.py).
+    attention: bool = False
+    #: Keys that a query drives, per head.
+    attention_top_k: int = 8
+    #: As `chunk`, of the edges of attention.
+    attention_chunk: int = 48
+    #: What logits hear less of a key at an infinite distance, in nats, times septin and strength; and the distance at
+    #: which it is half of that, in tokens.
+    attention_barrier: float = 0.7
+    attention_barrier_length: float = 256.0
     #: Experts have fast weights that learn from what they read without gradients (see synapse/postsynaptic.py).
     postsynaptic: bool = False
     #: What fast weights are multiplied by when experts compute; at 0 they are written and never read.
@@ -408,6 +418,10 @@ class SynapseConfig(Section):
         self.require("epsilon", 1e-6 <= self.epsilon <= 1, "in [1e-6, 1]")
         self.require("strength", abs(self.strength) <= 10, "from -10 to 10")
         self.require("seed", self.seed >= 0, ">= 0")
+        self.require("attention_top_k", self.attention_top_k >= 1, ">= 1")
+        self.require("attention_chunk", 1 <= self.attention_chunk <= 4096, "from 1 to 4096")
+        self.require("attention_barrier", 0 <= self.attention_barrier <= 10, "from 0 to 10")
+        self.require("attention_barrier_length", self.attention_barrier_length > 0, "> 0")
         self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")
         for name in ("rank", "tokens"):
             self.require(f"postsynaptic_{name}", getattr(self, f"postsynaptic_{name}") >= 1, ">= 1")
