@@ -379,8 +379,10 @@ class SynapseConfig(Section):
     attention: bool = False
     #: Keys that a query drives, per head.
     attention_top_k: int = 8
-    #: As `chunk`, of the edges of attention.
-    attention_chunk: int = 48
+    #: As `chunk`, of the edges of attention; at most half of `attention_turn` keeps it close to the exact recurrence.
+    attention_chunk: int = 32
+    #: Tokens that the edges of attention take for what those of a router do in one turn: to refill, to gather energy.
+    attention_turn: float = 128.0
     #: What logits hear less of a key at an infinite distance, in nats, times septin and strength; and the distance at
     #: which it is half of that, in tokens.
     attention_barrier: float = 0.7
@@ -420,6 +422,7 @@ class SynapseConfig(Section):
         self.require("seed", self.seed >= 0, ">= 0")
         self.require("attention_top_k", self.attention_top_k >= 1, ">= 1")
         self.require("attention_chunk", 1 <= self.attention_chunk <= 4096, "from 1 to 4096")
+        self.require("attention_turn", 1 <= self.attention_turn <= 1e6, "from 1 to 1e6")
         self.require("attention_barrier", 0 <= self.attention_barrier <= 10, "from 0 to 10")
         self.require("attention_barrier_length", self.attention_barrier_length > 0, "> 0")
         self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")

@@ -6,8 +6,8 @@ Every key of every head is a bouton with pools of its own, one set per text. A q
 
 q n what the key would release now, g the running mean of what released, per text and head and without a gradient, d the
 tokens between key and query, septin in (0, 1) one more component of the head's expression. `strength` is learned per
-head and starts at 0. Nothing in it depends on how long the text is: not d, and not the rates of pools, whose turn is
-the number of edges a query uses.
+head and starts at 0. Nothing in it depends on how long the text is: not the share of the barrier, and not the rates of
+pools, which recover in turns of `attention_turn` tokens.
 
 A query drives its `attention_top_k` strongest keys, each by how much more weight it has than the strongest key behind
 them, so that drives are continuous where the choice flips; all keys are heard, or a tired key would gain by falling out
@@ -117,10 +117,12 @@ class AttentionSynapse(nn.Module):
                 f"to a model whose layers all have config.num_attention_heads heads."
             )
         idle = not bool(self.strength.any())
-        learns = self.strength.requires_grad and torch.is_grad_enabled()
+        # Passes that go on from a cache do not train.
+        learns = self.strength.requires_grad and torch.is_grad_enabled() and key.shape[2] == query.shape[2]
         draws = dropout > 0 and module.training
-        if idle and (cache is not None or not learns):
+        if idle and not learns:
             return self._without(module, query, key, value, mask, scaling, dropout, softcap)
+        cache = None if idle else cache
         # Pools are sums and differences of what is nearly equal: never in less than fp32.
         with torch.autocast(query.device.type, enabled=False):
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -178,9 +180,7 @@ class AttentionSynapse(nn.Module):
         mask = None if mask is None else mask[..., :end]
         known = memory if memory is not None and memory.get_seq_length() else None
         real = None if mask is None else _own(mask)
-        chunks = read_chunks(
-            (batch, tokens), settings.attention_chunk, query.device, real, position_ids, known
-        )
+        chunks = read_chunks((batch, tokens), settings.attention_chunk, query.device, real, position_ids, known)
         count = chunks.count[:, -end:]
         old = self._drives_of(known, chunks.past, first) if known is not None and chunks.past else None
 
@@ -193,7 +193,7 @@ class AttentionSynapse(nn.Module):
         state, running = self._start(known, first, resting, batch)
         sample = self._sampler((batch, heads, end))
         output = query.new_zeros(batch, tokens, heads, value.shape[-1])
-        parts, kept = [], [query.new_zeros(batch, tokens, heads, 2 * top_k, dtype=torch.float32)]
+        parts, kept = [], [query.new_zeros(batch, tokens, heads, 2 * top_k + 1, dtype=torch.float32)]
         width = chunks.past + tokens
         for number, (low, high) in enumerate(chunks.ranges):
             n = max(end - width + high, state.calcium.shape[2])
@@ -205,11 +205,15 @@ class AttentionSynapse(nn.Module):
             content = released_content(state, probability, rates)
             start, stop = max(low, chunks.past) - chunks.past, high - chunks.past
             drives: list[tuple[Tensor, Tensor]] = []
+            used = released = torch.zeros_like(running)
             if old is not None and low < chunks.past:
                 assert chunks.member is not None
                 between = slice(low, min(high, chunks.past))
                 theirs = (chunks.member[:, between] == number)[:, None, :, None]
-                drives.append((old[0][:, :, between] * theirs, old[1][:, :, between].clamp(max=n - 1)))
+                told, column = old[0][:, :, between] * theirs, old[1][:, :, between]
+                used, released = told[..., :-1].sum((2, 3)), told[..., -1].sum(2)
+                # Keys that a sliding window has left behind are no longer there to be driven.
+                drives.append((told[..., :-1] * (column >= 0), column.clamp(0, n - 1)))
             if stop > start:
                 heard = strength * torch.log(settings.epsilon + content / running.unsqueeze(-1))
                 logits = (query[:, :, start:stop] @ key[:, :, :n].transpose(2, 3)).float() * scaling
@@ -235,8 +239,11 @@ class AttentionSynapse(nn.Module):
                     mine = chunks.member[:, chunks.past + start : chunks.past + stop] == number
                     drive = drive * mine[:, None, :, None]
                     output = _placed(output, passed, mine, start, stop)
+                carried = content.unsqueeze(2).expand(-1, -1, stop - start, -1).gather(3, index)
+                carried = (drive * carried).detach().sum(3, keepdim=True)
+                used, released = used + drive.detach().sum((2, 3)), released + carried.sum((2, 3))
                 if memory is not None:
-                    told = torch.cat([drive.detach(), (index + first).float()], dim=-1).transpose(1, 2)
+                    told = torch.cat([(index + first).float(), drive.detach(), carried], dim=-1).transpose(1, 2)
                     if chunks.plain:
                         kept.append(told)
                     else:
@@ -248,9 +255,8 @@ class AttentionSynapse(nn.Module):
             slots = None if chunks.slot is None else chunks.slot[:, low:high]
             summed = self._sum_up(drives, slots, weights, n)
             moved = advance(state, summed, weights, rates, sample)[0]
-            used = summed.mean.detach()
-            released = (used * content.detach()).sum(-1) / used.sum(-1).clamp_min(1e-20)
-            followed = torch.where(used.sum(-1) > 0, running + forgets * (released - running), running)
+            mean = released / used.clamp_min(1e-20)
+            followed = torch.where(used > 0, running + forgets * (mean - running), running)
             if chunks.plain:
                 state, running = moved, followed
             else:
@@ -265,8 +271,8 @@ class AttentionSynapse(nn.Module):
 
     def _rates(self) -> Rates:
         """Of every head's edges, (H, 1): they hold for all its keys."""
-        turn = float(self.settings.attention_top_k)
-        return Rates(*(rate.unsqueeze(1) for rate in self.presynapse.rates(self.expression[:, :-1], turn)))
+        rates = self.presynapse.rates(self.expression[:, :-1], self.settings.attention_turn)
+        return Rates(*(rate.unsqueeze(1) for rate in rates))
 
     def _start(
         self, known: EdgeMemory | None, first: int, resting: PresynapticState, batch: int
@@ -301,13 +307,14 @@ class AttentionSynapse(nn.Module):
     # -- drive ---------------------------------------------------------------------------------------------------------
 
     def _drives_of(self, known: EdgeMemory, tokens: int, first: int) -> tuple[Tensor, Tensor]:
-        """Drives of the memory's last tokens and the columns they went to, (B, H, tokens, K) each."""
+        """Of the memory's last tokens the drives, what they released in all, and the columns they went to.
+
+        (B, H, tokens, K + 1) and (B, H, tokens, K).
+        """
         assert known.keys is not None
         told = known.keys[:, 0, -tokens:, 2:].unflatten(2, (len(self.strength), -1)).transpose(1, 2)
-        drive, column = told.chunk(2, dim=-1)
-        column = column.long() - first
-        # Keys that a sliding window has left behind are no longer there to be driven.
-        return drive * (column >= 0), column.clamp(min=0)
+        top_k = self.settings.attention_top_k
+        return told[..., top_k:], told[..., :top_k].long() - first
 
     def _sum_up(
         self, drives: list[tuple[Tensor, Tensor]], slots: Tensor | None, weights: ChunkWeights, n: int
@@ -437,9 +444,7 @@ def synaptic_attention_forward(
     if position_ids is not None and position_ids.dim() != 2:
         position_ids = None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return synapse(
-        module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, cache
-    ), None
+    return synapse(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, cache), None
 
 
 def register_synaptic_attention() -> None:
