@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -129,9 +129,9 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    AttentionSynapse, DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend,
-    PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields, RouterSynapse,
-    RowTable, StagnationDetector, TombstoneExpression, TopAny, UpMaps, Vitals,
+    AttentionSynapse, DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature,
+    LossTrend, PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields,
+    RouterSynapse, RowTable, StagnationDetector, TombstoneExpression, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 

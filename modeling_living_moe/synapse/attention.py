@@ -22,9 +22,8 @@ B rows, S queries, n keys, H heads, K edges a query uses, L queries of a chunk, 
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +99,8 @@ class AttentionSynapse(nn.Module):
     ) -> Tensor:
         """Attention's output, (B, S, H, width of a value).
 
-        Where all strengths are 0 it is bitwise that of "sdpa" (with `softcap`, of softmax as "eager" writes it), with the
-        gradients of synapses; dropout in training, which draws, excepted.
+        Where all strengths are 0 it is bitwise that of "sdpa" (with `softcap`, of "eager"), with the gradients of
+        synapses; dropout in training, which draws, excepted.
 
         Args:
             module: The attention layer.
@@ -113,8 +112,8 @@ class AttentionSynapse(nn.Module):
         """
         if query.shape[1] != len(self.strength):
             raise ConfigurationError(
-                f"{type(module).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: attach them "
-                f"to a model whose layers all have config.num_attention_heads heads."
+                f"{type(module).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: attach "
+                f"them to a model whose layers all have config.num_attention_heads heads."
             )
         idle = not bool(self.strength.any())
         # Passes that go on from a cache do not train.
@@ -150,11 +149,12 @@ class AttentionSynapse(nn.Module):
         groups = query.shape[1] // key.shape[1]
         logits = query @ repeat_kv(key, groups).transpose(2, 3) * scaling
         logits = softcap * torch.tanh(logits / softcap)
-        end = query.shape[2] if mask is None and query.shape[2] > 1 else key.shape[2]
-        logits, value = logits[..., :end], repeat_kv(value, groups)[:, :, :end]
-        logits = _masked(logits, None if mask is None else mask[..., :end], 0, end - query.shape[2])
+        # Without a mask, many queries are the first of a text, and a static cache has room behind them.
+        column = 0 if query.shape[2] > 1 else key.shape[2] - 1
+        logits = _masked(logits, mask, 0, column)
         weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-        return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2).contiguous()
+        weights = F.dropout(weights, dropout, module.training)
+        return (weights @ repeat_kv(value, groups)).transpose(1, 2).contiguous()
 
     def _attend(
         self,
@@ -168,104 +168,83 @@ class AttentionSynapse(nn.Module):
         position_ids: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        settings, top_k = self.settings, self.settings.attention_top_k
         batch, heads, tokens, _ = query.shape
-        memory, total = None, tokens
+        length, memory, total = self.settings.attention_chunk, None, tokens
         if cache is not None:
-            memory, total = edge_memory(cache, self.layer, tokens, settings.attention_chunk)
+            memory, total = edge_memory(cache, self.layer, tokens, length)
+        # Static caches have room behind the last key, sliding windows have left the first behind.
         end = min(total, key.shape[2])
-        first = total - end
-        groups = heads // key.shape[1]
+        first, groups = total - end, heads // key.shape[1]
         key, value = repeat_kv(key[:, :, :end], groups), repeat_kv(value[:, :, :end], groups)
         mask = None if mask is None else mask[..., :end]
         known = memory if memory is not None and memory.get_seq_length() else None
         real = None if mask is None else _own(mask)
-        chunks = read_chunks((batch, tokens), settings.attention_chunk, query.device, real, position_ids, known)
+        chunks = read_chunks((batch, tokens), length, query.device, real, position_ids, known)
         count = chunks.count[:, -end:]
-        old = self._drives_of(known, chunks.past, first) if known is not None and chunks.past else None
 
         rates = self._rates()
-        weights = chunk_weights(rates, settings.attention_chunk)
-        resting = rest(rates)
-        forgets = 1.0 - math.exp(-settings.attention_chunk / GAIN_TIME)
-        strength = self.strength.float().unsqueeze(1)
-        septin = settings.attention_barrier * torch.sigmoid(self.expression[:, -1].float())
+        weights, resting = chunk_weights(rates, length), rest(rates)
+        forgets = 1.0 - math.exp(-length / GAIN_TIME)
         state, running = self._start(known, first, resting, batch)
         sample = self._sampler((batch, heads, end))
-        output = query.new_zeros(batch, tokens, heads, value.shape[-1])
-        parts, kept = [], [query.new_zeros(batch, tokens, heads, 2 * top_k + 1, dtype=torch.float32)]
-        width = chunks.past + tokens
+        outputs: list[_Piece] = []
+        told: list[_Piece] = []
         for number, (low, high) in enumerate(chunks.ranges):
-            n = max(end - width + high, state.calcium.shape[2])
+            n = max(end - tokens - chunks.past + high, state.calcium.shape[2])
             state = _grown(state, resting, n, batch)
-            if not chunks.plain:
-                assert chunks.begins is not None
+            if chunks.begins is not None:
                 state, running = _renewed(state, running, resting, chunks.begins[number])
-            probability = release_probability(state.calcium, rates)
-            content = released_content(state, probability, rates)
-            start, stop = max(low, chunks.past) - chunks.past, high - chunks.past
-            drives: list[tuple[Tensor, Tensor]] = []
-            used = released = torch.zeros_like(running)
-            if old is not None and low < chunks.past:
-                assert chunks.member is not None
-                between = slice(low, min(high, chunks.past))
-                theirs = (chunks.member[:, between] == number)[:, None, :, None]
-                told, column = old[0][:, :, between] * theirs, old[1][:, :, between]
-                used, released = told[..., :-1].sum((2, 3)), told[..., -1].sum(2)
-                # Keys that a sliding window has left behind are no longer there to be driven.
-                drives.append((told[..., :-1] * (column >= 0), column.clamp(0, n - 1)))
+            content = released_content(state, release_probability(state.calcium, rates), rates)
+            mine = None if chunks.member is None else chunks.member[:, low:high] == number
+            drives = [self._told(known, chunks.past)[:, :, low:high]] if known is not None and chunks.past else []
+            start, stop = max(low - chunks.past, 0), high - chunks.past
             if stop > start:
-                heard = strength * torch.log(settings.epsilon + content / running.unsqueeze(-1))
                 logits = (query[:, :, start:stop] @ key[:, :, :n].transpose(2, 3)).float() * scaling
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
-                column = end - tokens
-                distance = count[:, column + start : column + stop, None] - count[:, None, :n]
-                distance = distance.clamp(min=0).float()
-                share = (distance / (distance + settings.attention_barrier_length)).unsqueeze(1)
-                logits = logits + heard.unsqueeze(2) - (strength * septin.unsqueeze(1)).unsqueeze(1) * share
-                here = None if mask is None else mask[:, :, start:stop, :n]
-                given = torch.softmax(_masked(logits, here, start, column), dim=-1)
-                strongest = given.topk(min(top_k + 1, n), dim=-1)
-                missing = top_k + 1 - min(top_k + 1, n)
-                drive, index = (F.pad(part, (0, missing)) for part in strongest)
-                drive, index = drive[..., :top_k] - drive[..., top_k:], index[..., :top_k]
+                of_query = count[:, end - tokens + start : end - tokens + stop]
+                logits = logits + self._heard(content, running, of_query, count[:, :n])
+                seen = None if mask is None else mask[:, :, start:stop, :n]
+                given = torch.softmax(_masked(logits, seen, start, end - tokens), dim=-1)
                 passed = F.dropout(given, dropout, self.training).to(value.dtype) @ value[:, :, :n]
-                passed = passed.transpose(1, 2)
-                if chunks.plain:
-                    parts.append(passed)
-                else:
-                    assert chunks.member is not None
-                    mine = chunks.member[:, chunks.past + start : chunks.past + stop] == number
-                    drive = drive * mine[:, None, :, None]
-                    output = _placed(output, passed, mine, start, stop)
-                carried = content.unsqueeze(2).expand(-1, -1, stop - start, -1).gather(3, index)
-                carried = (drive * carried).detach().sum(3, keepdim=True)
-                used, released = used + drive.detach().sum((2, 3)), released + carried.sum((2, 3))
-                if memory is not None:
-                    told = torch.cat([(index + first).float(), drive.detach(), carried], dim=-1).transpose(1, 2)
-                    if chunks.plain:
-                        kept.append(told)
-                    else:
-                        kept[0][:, start:stop] = torch.where(mine[..., None, None], told, kept[0][:, start:stop])
-                drives.append((drive, index))
+                drives.append(self._drives(given, content, first))
+                own = None if mine is None else mine[:, start - stop :]
+                outputs.append(_Piece(passed, start, own))
+                told.append(_Piece(drives[-1].detach(), start, own))
             last = number + 1 == len(chunks.ranges)
             if chunks.plain and last and not (chunks.last_is_full and memory is not None):
                 break
+            drive = torch.cat(drives, dim=2)
+            if mine is not None:
+                drive = drive * mine[:, None, :, None]
             slots = None if chunks.slot is None else chunks.slot[:, low:high]
-            summed = self._sum_up(drives, slots, weights, n)
-            moved = advance(state, summed, weights, rates, sample)[0]
-            mean = released / used.clamp_min(1e-20)
-            followed = torch.where(used > 0, running + forgets * (mean - running), running)
-            if chunks.plain:
+            moved = advance(state, self._sum_up(drive, first, slots, weights, n), weights, rates, sample)[0]
+            followed = self._followed(running, drive.detach(), forgets)
+            if chunks.full is None:
                 state, running = moved, followed
             else:
-                assert chunks.full is not None
                 state, running = _where(chunks.full[number], (moved, followed), (state, running))
         if memory is not None:
-            remembered = torch.cat(kept[1:], dim=1) if chunks.plain else kept[0]
-            self._remember(memory, chunks, remembered, _grown(state, resting, end, batch), running, first)
-        return torch.cat(parts, dim=1) if chunks.plain else output
+            size = (batch, heads, tokens, 2 * self.settings.attention_top_k + 1)
+            kept = _joined(told, size, torch.float32, query.device)
+            self._remember(memory, chunks, kept, _grown(state, resting, end, batch), running, first)
+        size = (batch, heads, tokens, value.shape[-1])
+        return _joined(outputs, size, value.dtype, value.device).transpose(1, 2).contiguous()
+
+    def _heard(self, content: Tensor, running: Tensor, of_query: Tensor, of_key: Tensor) -> Tensor:
+        """What logits hear of pools and distance, (B, H, L, n).
+
+        Args:
+            content: q n of the keys, (B, H, n).
+            running: g, (B, H).
+            of_query, of_key: Numbers in their text, (B or 1, L) and (B or 1, n).
+        """
+        strength = self.strength.float()[:, None, None]
+        septin = torch.sigmoid(self.expression[:, -1].float())[:, None, None]
+        distance = (of_query.unsqueeze(2) - of_key.unsqueeze(1)).clamp(min=0).float().unsqueeze(1)
+        share = distance / (distance + self.settings.attention_barrier_length)
+        released = torch.log(self.settings.epsilon + content / running.unsqueeze(-1))
+        return strength * released.unsqueeze(2) - strength * septin * self.settings.attention_barrier * share
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -295,41 +274,53 @@ class AttentionSynapse(nn.Module):
     def _remember(
         memory: EdgeMemory, chunks: Chunks, kept: Tensor, state: PresynapticState, running: Tensor, first: int
     ) -> None:
-        batch, tokens = kept.shape[:2]
+        batch, _, tokens, _ = kept.shape
         count = chunks.count[:, -tokens:].expand(batch, -1)
         real = torch.ones_like(count) if chunks.real is None else chunks.real
         head = torch.stack([count, real], dim=-1).float()
-        keys = torch.cat([head, kept.flatten(2)], dim=-1).unsqueeze(1)
+        keys = torch.cat([head, kept.transpose(1, 2).flatten(2)], dim=-1).unsqueeze(1)
         memory.update(keys, keys[..., :0])
         mean = running[..., None, None].expand(-1, -1, 1, STATE_SIZE)
         memory.state, memory.first = torch.cat([mean, state.pack()], dim=2).detach(), first
 
     # -- drive ---------------------------------------------------------------------------------------------------------
+    #
+    # Of a query and head one row of 2 K + 1 numbers: the keys it drives, in columns of the whole text, its drives, and,
+    # without a gradient, what they released.
 
-    def _drives_of(self, known: EdgeMemory, tokens: int, first: int) -> tuple[Tensor, Tensor]:
-        """Of the memory's last tokens the drives, what they released in all, and the columns they went to.
+    def _drives(self, given: Tensor, content: Tensor, first: int) -> Tensor:
+        """Rows (B, H, L, 2 K + 1) of the queries with these weights (B, H, L, n); content is that of the keys."""
+        top_k, n = self.settings.attention_top_k, given.shape[-1]
+        strongest = given.topk(min(top_k + 1, n), dim=-1)
+        missing = top_k + 1 - min(top_k + 1, n)
+        weight, column = (F.pad(part, (0, missing)) for part in strongest)
+        drive, column = weight[..., :top_k] - weight[..., top_k:], column[..., :top_k]
+        quanta = content.detach().unsqueeze(2).expand_as(given).gather(3, column)
+        released = (drive.detach() * quanta).sum(3, keepdim=True)
+        return torch.cat([(column + first).float(), drive, released], dim=-1)
 
-        (B, H, tokens, K + 1) and (B, H, tokens, K).
-        """
+    def _told(self, known: EdgeMemory, tokens: int) -> Tensor:
+        """Rows of the memory's last tokens."""
         assert known.keys is not None
-        told = known.keys[:, 0, -tokens:, 2:].unflatten(2, (len(self.strength), -1)).transpose(1, 2)
-        top_k = self.settings.attention_top_k
-        return told[..., top_k:], told[..., :top_k].long() - first
+        return known.keys[:, 0, -tokens:, 2:].unflatten(2, (len(self.strength), -1)).transpose(1, 2)
 
-    def _sum_up(
-        self, drives: list[tuple[Tensor, Tensor]], slots: Tensor | None, weights: ChunkWeights, n: int
-    ) -> Drive:
-        """Drives and columns (B, H, L, K) of a chunk's tokens, as the state of n keys needs them."""
-        drive, column = (torch.cat(parts, dim=2) for parts in zip(*drives, strict=True))
-        batch, heads, length, _ = drive.shape
+    def _followed(self, running: Tensor, rows: Tensor, forgets: float) -> Tensor:
+        """The running mean (B, H) after a chunk of these rows."""
+        top_k = self.settings.attention_top_k
+        used, released = rows[..., top_k:-1].sum((2, 3)), rows[..., -1].sum(2)
+        return torch.where(used > 0, running + forgets * (released / used.clamp_min(1e-20) - running), running)
+
+    def _sum_up(self, rows: Tensor, first: int, slots: Tensor | None, weights: ChunkWeights, n: int) -> Drive:
+        """A chunk's rows, as the state of n keys from `first` on needs them. `slots` (B, L) are their places in it."""
+        top_k = self.settings.attention_top_k
+        column, drive = rows[..., :top_k].long() - first, rows[..., top_k:-1]
+        # Keys that a sliding window has left behind are no longer there to be driven.
+        drive = drive * ((column >= 0) & (column < n))
         per_slot = weights.weights.squeeze(-1)
-        if slots is None:
-            weight = per_slot[:, None, :length].transpose(2, 3)
-        else:
-            weight = per_slot[:, slots].transpose(2, 3)
-        weighted = (drive.unsqueeze(0) * weight.unsqueeze(-1)).flatten(3)
-        sums = weighted.new_zeros(3, batch, heads, n)
-        sums = sums.scatter_add(3, column.flatten(2).expand(3, -1, -1, -1), weighted)
+        weight = per_slot[:, None, : rows.shape[2]] if slots is None else per_slot[:, slots]
+        weighted = (drive.unsqueeze(0) * weight.transpose(2, 3).unsqueeze(-1)).flatten(3)
+        sums = weighted.new_zeros(3, *rows.shape[:2], n)
+        sums = sums.scatter_add(3, column.clamp(0, n - 1).flatten(2).expand(3, -1, -1, -1), weighted)
         return Drive(sums[:2], sums[2], weights.tokens)
 
     def _sampler(self, shape: tuple[int, ...]) -> Sampler | None:
@@ -357,10 +348,23 @@ def _masked(logits: Tensor, mask: Tensor | None, start: int, column: int) -> Ten
     return logits.masked_fill(torch.arange(n, device=logits.device) > own.unsqueeze(1), lowest)
 
 
-def _placed(output: Tensor, passed: Tensor, mine: Tensor, start: int, stop: int) -> Tensor:
-    """`output` (B, S, H, any) with what passed to the queries of a chunk among those of a range."""
-    middle = torch.where(mine[..., None, None], passed, output[:, start:stop])
-    return torch.cat([output[:, :start], middle, output[:, stop:]], dim=1)
+class _Piece(NamedTuple):
+    """What a chunk leaves of queries from `start` on, (B, H, L, any); `mine` (B, L): which are of this chunk."""
+
+    value: Tensor
+    start: int
+    mine: Tensor | None
+
+
+def _joined(pieces: list[_Piece], size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Pieces as one, (B, H, S, any); zeros for padding."""
+    if pieces and all(piece.mine is None for piece in pieces):
+        return torch.cat([piece.value for piece in pieces], dim=2)
+    whole = torch.zeros(size, dtype=dtype, device=device)
+    for value, start, mine in pieces:
+        assert mine is not None
+        whole[:, :, start : start + value.shape[2]] += torch.where(mine[:, None, :, None], value, 0.0)
+    return whole
 
 
 def _wide(part: Tensor, batch: int, n: int) -> Tensor:
@@ -427,8 +431,8 @@ def synaptic_attention_forward(
     if not isinstance(synapse, AttentionSynapse):
         raise ConfigurationError(
             f'attn_implementation is "{SYNAPTIC}" but this {type(module).__name__} has no synapses; call '
-            f'living_moe.attach_attention_synapses(model), convert with synapse={{"attention": True}}, or choose another '
-            f"attn_implementation."
+            f'living_moe.attach_attention_synapses(model), convert with synapse={{"attention": True}}, or choose '
+            f"another attn_implementation."
         )
     cache, synapse.cache = synapse.cache, None
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):

@@ -75,7 +75,7 @@ def edge_memory(cache: Cache, layer: int, tokens: int, chunk: int) -> tuple[Edge
     own: Any = cache.layers[layer]
     if not isinstance(own, RemembersEdges):
         # CPython does not let an instance of these classes change its own.
-        layer_class: Any = remembering(type(own))
+        layer_class: Any = remembering(type(own))  # type: ignore[arg-type]
         bare, own = own, layer_class.__new__(layer_class)
         own.__dict__.update(bare.__dict__, edges=EdgeMemory(chunk))
         cache.layers[layer] = own

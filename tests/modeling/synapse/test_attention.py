@@ -1,4 +1,4 @@
-"""Synaptic attention: nothing at strength 0, the loops it abbreviates otherwise, the same through caches and batches."""
+"""Synaptic attention: nothing at strength 0, else the loops it abbreviates; the same through caches and batches."""
 
 import copy
 from pathlib import Path
@@ -282,8 +282,8 @@ def test_the_fast_path_is_the_loops_forward_and_backward(chunk: int, window: int
 def error_of_chunks(turn: float, chunk: int, skipped: int = 64) -> tuple[float, float]:
     """Root mean square of the error of outputs against step size 1, over that of what synapses add; and the latter.
 
-    Random queries, the worst case, of two heads of 512 tokens, the first of which are left out: where there are few keys
-    to choose from all of them are driven hard, and a first chunk hears nothing.
+    Random queries, the worst case, of two heads of 512 tokens, the first of which are left out: where there are few
+    keys to choose from all of them are driven hard, and a first chunk hears nothing.
     """
     given = [t.detach() for t in inputs(512, groups=2, width=16)]
     outputs = []
