@@ -356,7 +356,7 @@ class SynapseConfig(Section):
     """Short-term memory of a router's and of attention's edges, and experts with two timescales (see synapse/).
 
     `router`: experts tire and are primed along a text. `attention`: keys do. `postsynaptic`: experts have fast weights
-    that learn without gradients. What comes before `attention` holds for both kinds of edges, but for `chunk`.
+    that learn without gradients. Fields without a prefix hold for both kinds of edges, but for `chunk`.
     """
 
     section_name: ClassVar[str] = "synapse"
@@ -375,18 +375,6 @@ class SynapseConfig(Section):
     strength: float = 0.0
     #: stochastic: with step and layer it determines every draw.
     seed: int = 0
-    #: Attention has synapses, attn_implementation "synaptic" (see synapse/attention.py).
-    attention: bool = False
-    #: Keys that a query drives, per head.
-    attention_top_k: int = 8
-    #: As `chunk`, of the edges of attention; at most half of `attention_turn` keeps it close to the exact recurrence.
-    attention_chunk: int = 32
-    #: Tokens that the edges of attention take for what those of a router do in one turn: to refill, to gather energy.
-    attention_turn: float = 128.0
-    #: What logits hear less of a key at an infinite distance, in nats, times septin and strength; and the distance at
-    #: which it is half of that, in tokens.
-    attention_barrier: float = 0.7
-    attention_barrier_length: float = 256.0
     #: Experts have fast weights that learn from what they read without gradients (see synapse/postsynaptic.py).
     postsynaptic: bool = False
     #: What fast weights are multiplied by when experts compute; at 0 they are written and never read.
@@ -412,6 +400,18 @@ class SynapseConfig(Section):
     postsynaptic_pp1_threshold: float = 0.7
     #: Tokens per layer and forward pass of training, on each rank, that fast weights learn from.
     postsynaptic_tokens: int = 64
+    #: Attention has synapses, attn_implementation "synaptic" (see synapse/attention.py).
+    attention: bool = False
+    #: Keys that a query drives, per head.
+    attention_top_k: int = 8
+    #: As `chunk`, of the edges of attention; at most half of `attention_turn` keeps it close to the exact recurrence.
+    attention_chunk: int = 32
+    #: Tokens that the edges of attention take for what those of a router do in one turn: to refill, to gather energy.
+    attention_turn: float = 128.0
+    #: What logits hear less of a key at an infinite distance, in nats, times septin and strength; and the distance at
+    #: which it is half of that, in tokens.
+    attention_barrier: float = 0.7
+    attention_barrier_length: float = 256.0
 
     def validate(self) -> None:
         self.require("chunk", 1 <= self.chunk <= 4096, "from 1 to 4096")
@@ -420,11 +420,6 @@ class SynapseConfig(Section):
         self.require("epsilon", 1e-6 <= self.epsilon <= 1, "in [1e-6, 1]")
         self.require("strength", abs(self.strength) <= 10, "from -10 to 10")
         self.require("seed", self.seed >= 0, ">= 0")
-        self.require("attention_top_k", self.attention_top_k >= 1, ">= 1")
-        self.require("attention_chunk", 1 <= self.attention_chunk <= 4096, "from 1 to 4096")
-        self.require("attention_turn", 1 <= self.attention_turn <= 1e6, "from 1 to 1e6")
-        self.require("attention_barrier", 0 <= self.attention_barrier <= 10, "from 0 to 10")
-        self.require("attention_barrier_length", self.attention_barrier_length > 0, "> 0")
         self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")
         for name in ("rank", "tokens"):
             self.require(f"postsynaptic_{name}", getattr(self, f"postsynaptic_{name}") >= 1, ">= 1")
@@ -435,6 +430,11 @@ class SynapseConfig(Section):
         self.require("postsynaptic_bdnf", self.postsynaptic_bdnf >= 0, ">= 0")
         low, high = self.postsynaptic_pp1_threshold, self.postsynaptic_camkii_threshold
         self.require("postsynaptic_pp1_threshold", 0 <= low <= high, "in [0, synapse.postsynaptic_camkii_threshold]")
+        self.require("attention_top_k", self.attention_top_k >= 1, ">= 1")
+        self.require("attention_chunk", 1 <= self.attention_chunk <= 4096, "from 1 to 4096")
+        self.require("attention_turn", 1 <= self.attention_turn <= 1e6, "from 1 to 1e6")
+        self.require("attention_barrier", 0 <= self.attention_barrier <= 10, "from 0 to 10")
+        self.require("attention_barrier_length", self.attention_barrier_length > 0, "> 0")
 
 
 #: Newborn receptive fields a model may have.

@@ -185,7 +185,7 @@ class AttentionSynapse(nn.Module):
         rates = self._rates()
         weights, resting = chunk_weights(rates, length), rest(rates)
         forgets = 1.0 - math.exp(-length / GAIN_TIME)
-        state, running = self._start(known, first, resting, batch)
+        state, running = self._start(known, first, end, resting, batch)
         sample = self._sampler((batch, heads, end))
         outputs: list[_Piece] = []
         told: list[_Piece] = []
@@ -227,7 +227,7 @@ class AttentionSynapse(nn.Module):
         if memory is not None:
             size = (batch, heads, tokens, 2 * self.settings.attention_top_k + 1)
             kept = _joined(told, size, torch.float32, query.device)
-            self._remember(memory, chunks, kept, _grown(state, resting, end, batch), running, first)
+            self._remember(memory, chunks, kept, state, running, first)
         size = (batch, heads, tokens, value.shape[-1])
         return _joined(outputs, size, value.dtype, value.device).transpose(1, 2).contiguous()
 
@@ -254,9 +254,9 @@ class AttentionSynapse(nn.Module):
         return Rates(*(rate.unsqueeze(1) for rate in rates))
 
     def _start(
-        self, known: EdgeMemory | None, first: int, resting: PresynapticState, batch: int
+        self, known: EdgeMemory | None, first: int, end: int, resting: PresynapticState, batch: int
     ) -> tuple[PresynapticState, Tensor]:
-        """State of the keys (B, H, n) and running mean (B, H): the memory's, or at rest."""
+        """State of the first of `end` keys (B, H, n), the others being at rest, and running mean (B, H)."""
         heads = len(self.strength)
         running = resting.calcium.new_full((batch, heads), FIRST_RELEASE)
         nothing = PresynapticState(*(part.new_zeros(batch, heads, 0, *part.shape[2:]) for part in resting))
@@ -268,7 +268,9 @@ class AttentionSynapse(nn.Module):
             state = PresynapticState(
                 *(torch.cat([_wide(part, batch, -gone), old], dim=2) for part, old in zip(resting, state, strict=True))
             )
-        return PresynapticState(*(part[:, :, max(gone, 0) :] for part in state)), packed[:, :, 0, 0]
+        # A crop may have taken keys that the state knows, all of them at rest.
+        gone = max(gone, 0)
+        return PresynapticState(*(part[:, :, gone : gone + end] for part in state)), packed[:, :, 0, 0]
 
     @staticmethod
     def _remember(
@@ -464,6 +466,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(module, "scaling")
+        and hasattr(module, "config")
         and getattr(module, "is_causal", False) is True
     ]
 
@@ -490,7 +493,7 @@ def attach_attention_synapses(model: PreTrainedModel, settings: SynapseConfig | 
     for module in layers:
         if hasattr(module, "synapse"):
             raise ConfigurationError(f"{type(model).__name__} has attention synapses already; attach them once.")
-        config: Any = getattr(module, "config", model.config)
+        config: Any = module.config
         like = next((p for p in module.parameters() if p.is_floating_point()), None)
         synapse = AttentionSynapse(settings, config.num_attention_heads, module.layer_idx)  # type: ignore[arg-type]
         module.synapse = synapse.train(module.training)

@@ -26,8 +26,8 @@ class EdgeMemory(SynapseLayer):
     """Of one attention layer: the drives of past tokens, and the state of all edges at each row's last full chunk.
 
     Attributes:
-        state: fp32 (B, H, 1 + n, 7), of n keys in a row from `first` on, behind one row whose first number is the
-            running mean.
+        state: fp32 (B, H, 1 + n, 7), of n keys in a row from `first` on, behind one row of the running mean; keys
+            behind these are at rest.
         first: The first of these keys, counted in columns of the whole text.
     """
 

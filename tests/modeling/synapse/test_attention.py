@@ -477,6 +477,17 @@ def test_a_cropped_cache_goes_on_as_if_nothing_had_been_read(back: int) -> None:
         assert (found - whole[:, start - 2 :]).abs().max() <= CACHED
 
 
+def test_a_cache_cropped_again_and_again_goes_on_with_less_than_it_had() -> None:
+    ids = token_ids(2, 30)
+    whole = logits(SHARED, ids)
+    cache = DynamicCache(config=SHARED.config)
+    logits(SHARED, ids[:, :19], past_key_values=cache, use_cache=True)
+    for start, end in ((17, 18), (16, 17), (16, 19), (9, 10), (10, 11), (4, 30)):
+        cache.crop(start - cache.get_seq_length())
+        found = logits(SHARED, ids[:, start:end], past_key_values=cache, use_cache=True)
+        assert (found - whole[:, start:end]).abs().max() <= CACHED
+
+
 def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> None:
     cache = DynamicCache(config=SHARED.config)
     logits(SHARED, token_ids(1, 11), past_key_values=cache, use_cache=True)
