@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import VOCAB, living_model, logits, source_model, token_ids
+from factories import VOCAB, living_model, logits, source_config, source_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.models.olmoe import OlmoeConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 
 import living_moe
-from living_moe import LivingMoeForCausalLM, attach_attention_synapses
+from living_moe import LivingMoeConfig, LivingMoeForCausalLM, attach_attention_synapses
 from living_moe.configuration.errors import ConfigurationError, ConversionError
 from living_moe.configuration.sections import SynapseConfig
 from living_moe.modeling_living_moe.synapse.attention import AttentionSynapse, attention_layers
@@ -165,6 +165,19 @@ def test_a_graft_with_attention_synapses_is_verified_exact_and_of_the_sources_dt
         assert {parameter.dtype for parameter in layer.synapse.parameters()} == {dtype}
         assert not layer.synapse.strength.any() and not layer.synapse.expression.any()
     assert model.graft_verification.max_difference == 0.0
+
+
+@pytest.mark.parametrize("family", LIVING)
+def test_a_model_from_scratch_begins_with_medium_expression_and_the_strength_asked_for(family: str) -> None:
+    synapse = {"attention": True, "strength": 0.25}
+    config = LivingMoeConfig.from_backbone(source_config(family), preset="grow", synapse=synapse)
+    model = LivingMoeForCausalLM(config)
+    layers = attention_layers(model)
+    assert len(layers) == config.num_hidden_layers
+    for layer in layers:
+        assert (layer.synapse.strength == 0.25).all() and len(layer.synapse.strength) == 4
+        assert not layer.synapse.expression.any() and not layer.synapse.presynapse.scalars.any()
+    assert logits(model.eval(), token_ids(2, 20)).isfinite().all()
 
 
 def test_bf16_keeps_states_in_fp32_and_strength_zero_exact() -> None:
