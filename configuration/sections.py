@@ -353,10 +353,10 @@ class PlasticityConfig(Section):
 
 @dataclass(kw_only=True)
 class SynapseConfig(Section):
-    """Short-term memory of a router's edges, and experts with two timescales (see synapse/).
+    """Short-term memory of a router's and of attention's edges, and experts with two timescales (see synapse/).
 
-    `router`: experts tire and are primed along a text. `postsynaptic`: experts have fast weights that learn without
-    gradients.
+    `router`: experts tire and are primed along a text. `attention`: keys do. `postsynaptic`: experts have fast weights
+    that learn without gradients. Fields without a prefix hold for both kinds of edges, but for `chunk`.
     """
 
     section_name: ClassVar[str] = "synapse"
@@ -400,6 +400,18 @@ class SynapseConfig(Section):
     postsynaptic_pp1_threshold: float = 0.7
     #: Tokens per layer and forward pass of training, on each rank, that fast weights learn from.
     postsynaptic_tokens: int = 64
+    #: Attention has synapses, attn_implementation "synaptic" (see synapse/attention.py).
+    attention: bool = False
+    #: Keys that a query drives, per head.
+    attention_top_k: int = 8
+    #: As `chunk`, of the edges of attention; at most half of `attention_turn` keeps it close to the exact recurrence.
+    attention_chunk: int = 32
+    #: Tokens that the edges of attention take for what those of a router do in one turn: to refill, to gather energy.
+    attention_turn: float = 128.0
+    #: What logits hear less of a key at an infinite distance, in nats, times septin and strength; and the distance at
+    #: which it is half of that, in tokens.
+    attention_barrier: float = 0.7
+    attention_barrier_length: float = 256.0
 
     def validate(self) -> None:
         self.require("chunk", 1 <= self.chunk <= 4096, "from 1 to 4096")
@@ -418,6 +430,11 @@ class SynapseConfig(Section):
         self.require("postsynaptic_bdnf", self.postsynaptic_bdnf >= 0, ">= 0")
         low, high = self.postsynaptic_pp1_threshold, self.postsynaptic_camkii_threshold
         self.require("postsynaptic_pp1_threshold", 0 <= low <= high, "in [0, synapse.postsynaptic_camkii_threshold]")
+        self.require("attention_top_k", self.attention_top_k >= 1, ">= 1")
+        self.require("attention_chunk", 1 <= self.attention_chunk <= 4096, "from 1 to 4096")
+        self.require("attention_turn", 1 <= self.attention_turn <= 1e6, "from 1 to 1e6")
+        self.require("attention_barrier", 0 <= self.attention_barrier <= 10, "from 0 to 10")
+        self.require("attention_barrier_length", self.attention_barrier_length > 0, "> 0")
 
 
 #: Newborn receptive fields a model may have.

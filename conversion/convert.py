@@ -36,6 +36,7 @@ from living_moe.modeling_living_moe.population import Population
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import LearnedTemperature
 from living_moe.modeling_living_moe.selection import selection_rule
+from living_moe.modeling_living_moe.synapse.attention import AttentionSynapse, attention_layers
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.synapse.router import RouterSynapse
 from living_moe.modeling_living_moe.trend import LossTrend
@@ -279,6 +280,11 @@ def renew_tables(living: LivingMoeForCausalLM, device: torch.device, dtype: torc
             block.experts.fast = [block.postsynaptic]
         old = block.vitals
         block.vitals = Vitals(capacities, old.decay, fast_decay=old.fast_decay, slow_decay=old.slow_decay).to(device)
+    for layer in attention_layers(base) if living.config.synapse.attention else ():
+        old_synapse: Any = layer.synapse
+        heads, number = len(old_synapse.strength), old_synapse.layer
+        synapse_here = AttentionSynapse(living.config.synapse, heads, number)
+        layer.synapse = synapse_here.to(device, dtype).train(layer.training)
     if base.fields is not None:
         settings, vocab_size = base.config.receptive_field, base.config.backbone_config.vocab_size
         base.fields = ReceptiveFields(settings, vocab_size, base.fields.num_fields).to(device)

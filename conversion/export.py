@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from living_moe.modeling_living_moe.escape.module import CLOSED
 from living_moe.modeling_living_moe.families import FAMILIES, Family, family_of
 from living_moe.modeling_living_moe.population import NOBODY, ROOT_FIELD, Address
 from living_moe.modeling_living_moe.receptive_field import FieldGate
+from living_moe.modeling_living_moe.synapse.attention import SYNAPTIC, attention_layers
 
 #: Largest difference of logits, over the largest |logit|, that an export may have. Looser than a graft's: sums over two
 #: slabs and merged deltas round otherwise.
@@ -176,6 +178,11 @@ def uniform_addresses(living: LivingMoeForCausalLM, family: Family, field: int) 
             problems.append(
                 f"layer {block.layer}: expert groups of {sizes} clades (equal ones of 2 or more are needed)"
             )
+    for layer in attention_layers(living):
+        attention: Any = getattr(layer, "synapse", None)
+        if attention is not None and bool(attention.strength.any()):
+            most = attention.strength.abs().max().item()
+            problems.append(f"attention of layer {attention.layer} has synapses (strengths up to {most:.3g})")
     counts = [len(addresses) for addresses in layers]
     if len(set(counts)) > 1:
         problems.append(f"the layers have {counts} clades (one number for all is needed)")
@@ -191,6 +198,8 @@ def uniform_addresses(living: LivingMoeForCausalLM, family: Family, field: int) 
 def exported_config(living: LivingMoeForCausalLM, family: Family, num_experts: int, field: int) -> PreTrainedConfig:
     config = copy.deepcopy(living.config.backbone_config)
     setattr(config, family.experts_field, num_experts)
+    if config._attn_implementation == SYNAPTIC:
+        config._attn_implementation = None
     if field != ROOT_FIELD and living.head_delta is not None:
         # The merged head is no longer the embedding.
         config.tie_word_embeddings = False

@@ -21,6 +21,10 @@ from living_moe.modeling_living_moe.block import LivingMoeBlock  # noqa: E402
 from living_moe.modeling_living_moe.checkpoint import set_card_writer  # noqa: E402
 from living_moe.modeling_living_moe.lifecycle.surgery import set_optimizer_surgeon  # noqa: E402
 from living_moe.modeling_living_moe.standalone import StandaloneLivingMoe  # noqa: E402
+from living_moe.modeling_living_moe.synapse.attention import (  # noqa: E402
+    attach_attention_synapses,
+    register_synaptic_attention,
+)
 from living_moe.records import write_card  # noqa: E402
 from living_moe.training.grafting import set_grafter  # noqa: E402
 from living_moe.training.optimizer_surgery import stage_optimizer_edit  # noqa: E402
@@ -31,6 +35,7 @@ AutoModel.register(LivingMoeConfig, LivingMoeModel, exist_ok=True)
 AutoModelForCausalLM.register(LivingMoeConfig, LivingMoeForCausalLM, exist_ok=True)
 set_optimizer_surgeon(stage_optimizer_edit)
 register_active_experts()
+register_synaptic_attention()
 set_card_writer(write_card)
 set_grafter(convert)
 
@@ -44,6 +49,7 @@ __all__ = [
     "LivingMoeModel",
     "StandaloneLivingMoe",
     "__version__",
+    "attach_attention_synapses",
     "convert",
     "export",
 ]

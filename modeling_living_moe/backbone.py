@@ -34,6 +34,7 @@ from living_moe.modeling_living_moe.population import Population, RowTable
 from living_moe.modeling_living_moe.receptive_field import ReceptiveFields
 from living_moe.modeling_living_moe.router import Keys, LearnedTemperature, LivingRouter
 from living_moe.modeling_living_moe.selection import TopAny
+from living_moe.modeling_living_moe.synapse.attention import AttentionSynapse, attach_attention_synapses
 from living_moe.modeling_living_moe.synapse.postsynaptic import Postsynapse
 from living_moe.modeling_living_moe.synapse.presynaptic import Presynapse
 from living_moe.modeling_living_moe.synapse.router import Expression, RouterSynapse, TombstoneExpression
@@ -104,6 +105,8 @@ class LivingBackbone:
                 n for n in family.attention_projections if isinstance(getattr(layer.self_attn, n, None), nn.Linear)
             ]
             attach_deltas(layer, names, rank, num_fields(config))
+        if config.synapse.attention:
+            attach_attention_synapses(self, config.synapse)  # type: ignore[arg-type]
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.__class__ = living_layer_class(type(layer))  # type: ignore[arg-type]
         # What a family keeps in fp32 may have gone with its blocks; our tables have dtypes of their own.
@@ -126,9 +129,9 @@ class LivingBackbone:
 
 #: Modules of ours that know their own initial values.
 _RESET = (
-    DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature, LossTrend,
-    PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields, RouterSynapse,
-    RowTable, StagnationDetector, TombstoneExpression, TopAny, UpMaps, Vitals,
+    AttentionSynapse, DownMaps, DriftDetector, Escape, Expression, FourierMap, KeyPlasticity, LearnedTemperature,
+    LossTrend, PackedTernary, PoincareBall, PoincareMap, Population, Postsynapse, Presynapse, ReceptiveFields,
+    RouterSynapse, RowTable, StagnationDetector, TombstoneExpression, TopAny, UpMaps, Vitals,
 )  # fmt: skip
 
 
@@ -163,9 +166,13 @@ def share_context(layer: Any, context: ForwardContext | None) -> None:
     name = getattr(layer, "living_block", None)
     if name is not None:
         getattr(layer, name).context = context
-    holder = getattr(getattr(layer, "self_attn", None), "gate_holder", None)
+    attention = getattr(layer, "self_attn", None)
+    holder = getattr(attention, "gate_holder", None)
     if isinstance(holder, GateHolder):
         holder.gate = None if context is None else context.gate
+    synapse = getattr(attention, "synapse", None)
+    if isinstance(synapse, AttentionSynapse):
+        synapse.step = None if context is None else context.step
 
 
 @functools.cache

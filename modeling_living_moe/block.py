@@ -61,6 +61,7 @@ class ForwardContext:
         keep_choices: Whether routers leave their choices in `choices` for an auxiliary loss.
         all_logits: Whether somebody reads the routers' logits.
         passage: The texts of this pass, for synapses; None where there are none.
+        step: Optimizer steps lived, for what draws.
         choices: Living layer -> per field (clade logits (T, N), chosen clades (T, K)).
     """
 
@@ -75,6 +76,7 @@ class ForwardContext:
     keep_choices: bool = False
     all_logits: bool = True
     passage: Passage | None = None
+    step: int = 0
     choices: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, **_: object) -> ForwardContext:

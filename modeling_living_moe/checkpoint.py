@@ -262,6 +262,7 @@ _CONCERNS: tuple[tuple[str, str | None], ...] = (
     (".router.synapse.", "synapses"),
     (".embed_tokens.", "embeddings"),
     (".lm_head.", "head"),
+    (".self_attn.synapse.", "synapses"),
     (".self_attn.", "attention"),
     ("norm.", "norms"),
 )

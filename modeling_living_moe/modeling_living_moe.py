@@ -41,6 +41,7 @@ from living_moe.modeling_living_moe.population import ROOT_FIELD
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 from living_moe.modeling_living_moe.router import load_balancing_loss
 from living_moe.modeling_living_moe.signals import TokenSample, spread, token_losses
+from living_moe.modeling_living_moe.synapse.attention import SYNAPTIC
 from living_moe.modeling_living_moe.synapse.postsynaptic_api import PostsynapticMixin
 from living_moe.modeling_living_moe.synapse.router import Passage
 from living_moe.modeling_living_moe.synapse.texts import kept_of, read_texts, remember_texts, synapse_layer
@@ -67,6 +68,11 @@ class LivingMoePreTrainedModel(  # type: ignore[misc]
     # Transformers finds these by searching a module's source text, where composition leaves no trace.
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
+
+    def __init__(self, config: LivingMoeConfig, *args: Any, **kwargs: Any):
+        if config.synapse.attention:
+            config._attn_implementation = SYNAPTIC  # the backbone's too
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,6 +249,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             learns=learns,
             follows=going_on(position_ids) if learns else None,
             passage=self._passage(given, mask, position_ids, past_key_values) if synaptic else None,
+            step=self.steps_lived if self.training and self.config.synapse.attention else 0,
         )
 
     def _passage(self, given: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Passage:
@@ -381,11 +388,12 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         Raises:
             ConfigurationError: The model has receptive fields or synapses.
         """
-        if self.config.synapse.router:
-            raise ConfigurationError(
-                "synapse.router is True: continuous batching keeps no synapses per request, so experts would tire by "
-                "the texts of others; use `generate`, which takes batches too."
-            )
+        for name in ("router", "attention"):
+            if getattr(self.config.synapse, name):
+                raise ConfigurationError(
+                    f"synapse.{name} is True: continuous batching keeps no synapses per request, so they would tire by "
+                    f"the texts of others; use `generate`, which takes batches too."
+                )
         if self.model.fields is not None:
             raise ConfigurationError(
                 "receptive_field.enabled is True: continuous batching keeps no evidence per request, so fields would "

@@ -115,6 +115,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             ("plasticity.enabled", self.config.plasticity.enabled),
             ("experts.packed", self.config.experts.packed),
             ("synapse.router", self.config.synapse.router),
+            ("synapse.attention", self.config.synapse.attention),
             ("synapse.postsynaptic", self.config.synapse.postsynaptic),
         ):
             if asked:

@@ -357,13 +357,13 @@ class RouterSynapse(nn.Module):
         return binomial_release(seed, self.settings.stochastic_share, (num_texts, len(vectors)), vectors.device)
 
 
-def binomial_release(seed: tuple[int, int, int], share: float, shape: tuple[int, int], device: torch.device) -> Sampler:
+def binomial_release(seed: tuple[int, ...], share: float, shape: tuple[int, ...], device: torch.device) -> Sampler:
     """Release as a whole number of vesicles on a share of the edges, with the gradient of its expectation.
 
     Args:
-        seed: Seed, step, and layer: the same three draw the same, so that a recomputation sees its own pass.
+        seed: Seed, step, layer and the like: the same draw the same, so that a recomputation sees its own pass.
         share: Of the edges, in [0, 1].
-        shape: Texts and edges.
+        shape: Texts and edges; of the last dimension a draw may take a beginning.
     """
     mixed = 0
     for part in seed:
@@ -377,11 +377,11 @@ def binomial_release(seed: tuple[int, int, int], share: float, shape: tuple[int,
             whole = docked.floor()
             count = torch.binomial(whole, chance, generator=generator)
             # What is left of a vesicle goes as one, so the mean is right and never more leaves than there is.
-            part = torch.rand(shape, generator=generator, device=device) < chance
+            part = torch.rand(fraction.shape, generator=generator, device=device) < chance
             count = count + (docked - whole) * part
             gone = (count / docked.clamp_min(1e-12)).clamp(max=1.0)
             drawn = 1.0 - (1.0 - gone) ** (1.0 / tokens)
-            step = torch.where(chosen, drawn - fraction, 0.0)
+            step = torch.where(chosen[..., : fraction.shape[-1]], drawn - fraction, 0.0)
         return fraction + step
 
     return sample

@@ -197,6 +197,7 @@ def test_senseless_sizes_are_refused(arguments: Any, message: str) -> None:
         ({"preset": "frozen-graft"}, r"receptive_field\.enabled is True \(preset 'frozen-graft'\)"),
         ({"preset": "some"}, r"plasticity\.enabled is True"),
         ({"preset": "synaptic-router"}, r"synapse\.router is True \(preset 'synaptic-router'\)"),
+        ({"synapse": {"attention": True}}, r"synapse\.attention is True"),
         ({"synapse": {"postsynaptic": True}}, r"synapse\.postsynaptic is True"),
         ({"preset": "ouroborus"}, "Did you mean 'ouroboros'"),
         ({"lifecycle": {"max_expert": 3}}, "Did you mean 'max_experts'"),
