@@ -103,6 +103,20 @@ PRESETS: dict[str, Preset] = {
             sections={"synapse": {"router": True}},
         ),
         Preset(
+            name="synaptic-full",
+            description="As synaptic-router, and experts have fast weights beside the slow ones; the healthy that have "
+            "too much to do split, the sick die, the weak and alike merge; what releases cost weighs on the loss.",
+            sections={
+                "synapse": {
+                    "router": True,
+                    "postsynaptic": True,
+                    "energy_loss_coef": 0.01,
+                    "pool_loss_coef": 0.01,
+                },
+                "lifecycle": {"policy": "synaptic_health"},
+            },
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={

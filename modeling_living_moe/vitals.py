@@ -40,6 +40,8 @@ COUNTED_BY = {
     "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "loss_noise": "credited",
     "conflict_cos": "compared", "conflict_magnitude": "compared", "sketch": "compared",
 }  # fmt: skip
+#: Columns of experts whose router has synapses, in the order of `synapse.router.Economy`.
+ECONOMY = ("energy", "depletion")
 #: Of a layer.
 PHI = ("phi", "differentiation", "integration", "phi_level", "phi_peak")
 #: Decay per measurement of Φ's level: one sample of tokens is off by a few hundredths, and a maximum of such numbers is
@@ -97,6 +99,10 @@ class VitalsTable(RowTable):
         "conflict_magnitude": (torch.float32, 0.0),
         "compared": (torch.int64, 0),
         "sketch": (torch.float32, 0.0),
+        # Moving averages of what the router's synapses have left: energy, and the share of docked vesicles that is
+        # gone; means over texts, at the ends of chunks. A rested edge's until measured.
+        "energy": (torch.float32, 1.0),
+        "depletion": (torch.float32, 0.0),
     }
     load: Tensor
     router_weight: Tensor
@@ -119,6 +125,8 @@ class VitalsTable(RowTable):
     conflict_magnitude: Tensor
     compared: Tensor
     sketch: Tensor
+    energy: Tensor
+    depletion: Tensor
 
     def __init__(self, capacity: int):
         super().__init__(capacity)
@@ -164,6 +172,8 @@ class Vitals(KeepsDtype):
         self.pending: Tensor | None = None
         #: Rows interference summed, places it was measured at, loss times share, shares: (4, E), fp64.
         self.pending_signals: Tensor | None = None
+        #: Sums of `ECONOMY` over texts and chunks, and how many these are in the third row: (3, E), fp64.
+        self.pending_economy: Tensor | None = None
         #: Tokens that chose them, int64 scalar; counted where tokens may leave places unused.
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
@@ -269,11 +279,17 @@ class Vitals(KeepsDtype):
     def forget(self) -> None:
         """Drop what was observed since the last step."""
         self.pending = self.pending_signals = self.pending_tokens = self.since_step = self.sample = None
-        self.pending_phi = None
+        self.pending_phi = self.pending_economy = None
 
     def loads(self, alive: dict[str, int]) -> Tensor:
         """Moving average of the load of the alive experts, fp32 (E,)."""
         return torch.cat([self.table(slab).load[:count] for slab, count in alive.items()])
+
+    @torch.no_grad()
+    def observe_economy(self, sums_2E: Tensor, count: Tensor) -> None:
+        """Add a pass's sums of `ECONOMY` over `count` (0-dim) texts and chunks."""
+        sums = torch.cat([sums_2E, count.expand(1, sums_2E.shape[1])]).to(count_dtype(sums_2E.device))
+        self.pending_economy = sums if self.pending_economy is None else self.pending_economy + sums
 
     def observe_phi(self, evidence: Tensor) -> None:
         """Add one forward pass's `phi_evidence`."""
@@ -309,6 +325,8 @@ class Vitals(KeepsDtype):
             self.pending = moved(self.pending)
         if self.pending_signals is not None:
             self.pending_signals = moved(self.pending_signals)
+        if self.pending_economy is not None:
+            self.pending_economy = moved(self.pending_economy)
         # Of pairs of experts that are others now; the next measurement is of these.
         self.pending_phi = None
         if self.since_step is not None:
@@ -329,6 +347,7 @@ class Vitals(KeepsDtype):
         tokens: Tensor | None = None,
         signals: Tensor | None = None,
         sketches: dict[str, Tensor] | None = None,
+        economy: Tensor | None = None,
     ) -> None:
         """Fold one optimizer step's counts (4, E), summed over ranks, into the moving averages.
 
@@ -341,6 +360,7 @@ class Vitals(KeepsDtype):
             tokens: Number of tokens behind the counts, 0-dim; None leaves density and entropy alone.
             signals: As `pending_signals`; None on steps that sample nothing.
             sketches: (alive, SKETCH) per trainable slab, of the gradients whose norms are given.
+            economy: As `pending_economy`; None where routers have no synapses.
         """
         total = counts[0].sum()
         # A running mean until the window is full, so that early averages are not biased towards zero.
@@ -369,6 +389,11 @@ class Vitals(KeepsDtype):
                 self._fold_signals(table, signals[:, first : first + count], count)
             if sketches is not None and slab in sketches:
                 self._fold_sketches(table, sketches[slab], count)
+            if economy is not None:
+                *means, times = economy[:, first : first + count]
+                for name, value in zip(ECONOMY, means, strict=True):
+                    column = getattr(table, name)[:count]
+                    column.copy_(torch.lerp(column, (value / times.clamp_min(1.0)).float(), learn * (times > 0)))
             first += count
         if tokens is not None:
             entropy = load_entropy(counts[0]) / math.log(counts.shape[1]) if counts.shape[1] > 1 else torch.ones(())

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,12 @@ from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
+from living_moe.modeling_living_moe.lifecycle.policies.health import health_of
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import PHI, SHOWN, Sample, count_dtype, load_entropy
+from living_moe.modeling_living_moe.vitals import ECONOMY, PHI, SHOWN, Sample, count_dtype, load_entropy
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -86,13 +87,15 @@ class LifecycleMixin(EscapeMixin):
         load and foreign_load (multiples of the uniform share), router_weight (mean weight per token), grad_norm (L2),
         age (optimizer steps), tokens (received in all), interference (multiples of the expert's own output), loss_fast,
         loss_slow and divergence (nats per token), conflict_cos and conflict_magnitude (of its gradients). What was not
-        measured yet is 0.
+        measured yet is 0. Where routers have synapses also energy (left, in [0, 1]) and depletion (the share of its
+        docked vesicles that is gone), means over texts at the ends of chunks; 1 and 0 until measured.
         """
         block = self.living_block(layer)
         alive = block.population.alive.items()
+        shown = SHOWN if block.router.synapse is None else SHOWN + ECONOMY
         return {
             name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive])
-            for name in SHOWN
+            for name in shown
         }
 
     def vitality(self, layer: int) -> Tensor:
@@ -103,6 +106,15 @@ class LifecycleMixin(EscapeMixin):
         block = self.living_block(layer)
         values = [each.vitality for each in vitality_of(block, self.config.lifecycle.vitality_gradient)]
         return torch.tensor(values, dtype=torch.float32, device=block.population.next_uid.device)
+
+    def health(self, layer: int) -> dict[str, Tensor]:
+        """How healthy a layer's experts are, each fp32 (experts,) in slot order, in [0, 1]: utilisation, energy,
+        camkii, maturity, and their product `health`. See lifecycle/policies/health.py.
+        """
+        block = self.living_block(layer)
+        found = health_of(block, self.config.lifecycle)
+        device, names = block.population.next_uid.device, ("utilisation", "energy", "camkii", "maturity", "health")
+        return {name: torch.tensor([getattr(each, name) for each in found], device=device) for name in names}
 
     def routing(self, layer: int) -> dict[str, Tensor]:
         """How a layer routes, moving averages, 0-dim: `density`, experts per token; `entropy` of the experts' shares of
@@ -144,7 +156,8 @@ class LifecycleMixin(EscapeMixin):
 
         Means over the experts it was measured for: interference, divergence and conflict (cosine of the gradient with
         its running mean). Means over layers: density and entropy, and phi, differentiation and integration over those
-        where Φ was measured. Layers in another space: escaped. The step at which the phase began: phase_since.
+        where Φ was measured. Means over the experts whose routers have synapses: energy and depletion (see `vitals`).
+        Layers in another space: escaped. The step at which the phase began: phase_since.
         What was not measured yet is left out.
         """
         blocks, device = self.living_blocks, self._life.drift.phase.device
@@ -166,6 +179,8 @@ class LifecycleMixin(EscapeMixin):
         for name in ("phi", "differentiation", "integration"):
             layers = torch.stack([getattr(block.vitals, name).to(device) for block in blocks])
             numbers[name] = (layers * measured).sum() / measured.sum()
+        if any(block.router.synapse is not None for block in blocks):
+            numbers |= {name: column(name).mean() for name in ECONOMY}
         escapes = [block.escape for block in blocks if block.escape is not None]
         if escapes:
             numbers["escaped"] = torch.stack([(escape.state > 0).to(device) for escape in escapes]).sum()
@@ -581,7 +596,7 @@ class LifecycleMixin(EscapeMixin):
         stagnation, squares = self._life.stagnation, []
         if stagnation is not None:
             stagnation.observe(LOSS_TREND, drift_sums[0] / drift_sums[1].clamp_min(1), drift_sums[1] > 0)
-        for block, (counts, signals, tokens) in zip(self.living_blocks, evidence, strict=True):
+        for block, (counts, signals, tokens, economy) in zip(self.living_blocks, evidence, strict=True):
             norms, sketches = _gradients(block) if reads else (None, None)
             squares += [norm.square().sum().to(drift_sums) for norm in (norms or {}).values()]
             block.vitals.fold(
@@ -591,12 +606,14 @@ class LifecycleMixin(EscapeMixin):
                 tokens=tokens,
                 signals=signals if samples else None,
                 sketches=sketches,
+                economy=economy,
             )
             if rate:
                 balance_step(block.population, counts[0], rate)
             if isinstance(block.router.selection, TopAny):
                 block.router.selection.steer(counts[0].sum() / tokens.clamp_min(1))
             block.vitals.pending = block.vitals.pending_signals = block.vitals.pending_tokens = None
+            block.vitals.pending_economy = None
         if stagnation is not None and squares:
             stagnation.observe(GRADIENT_TREND, torch.stack(squares).sum().sqrt())
         if self._life.fields is not None:
@@ -618,7 +635,7 @@ class LifecycleMixin(EscapeMixin):
             evidence = evidence.to(share_M.device)
             block.vitals.fold_phi(phi_of(evidence, share_M), evidence[-1] > 0)
 
-    def _follow_drift(self, evidence: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, step: int) -> None:
+    def _follow_drift(self, evidence: list[StepEvidence], sums: Tensor, step: int) -> None:
         """Show the drift detector this step's signals."""
         device = sums.device
         layers = [
@@ -628,14 +645,14 @@ class LifecycleMixin(EscapeMixin):
                 tokens.to(device),
                 pulled.to(device),
             )
-            for block, (counts, pulled, tokens) in zip(self.living_blocks, evidence, strict=True)
+            for block, (counts, pulled, tokens, _) in zip(self.living_blocks, evidence, strict=True)
         ]
         values, known = step_signals(layers, sums)
         self._life.drift.step(values, known, step)
         self._life.trend.step(values[LOSS], known[LOSS])
 
-    def _step_evidence(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """Of all ranks: per layer counts (4, E), signals (4, E) and the number of tokens (0-dim); the drift detector's.
+    def _step_evidence(self) -> tuple[list[StepEvidence], Tensor]:
+        """Of all ranks, per layer and for the drift detector.
 
         One collective for all of it, and the same one on every rank, whatever it has seen.
         """
@@ -646,8 +663,10 @@ class LifecycleMixin(EscapeMixin):
             device = block.population.next_uid.device
             zeros = torch.zeros(4, experts, dtype=count_dtype(device), device=device)
             tokens = zeros.new_zeros(1) if vitals.pending_tokens is None else vitals.pending_tokens.to(zeros).view(1)
-            parts = (vitals.pending, vitals.pending_signals)
-            packed.append(torch.cat([*(zeros.flatten() if p is None else p.flatten() for p in parts), tokens]))
+            parts = [zeros if part is None else part for part in (vitals.pending, vitals.pending_signals)]
+            if block.router.synapse is not None:
+                parts.append(zeros[:3] if vitals.pending_economy is None else vitals.pending_economy)
+            packed.append(torch.cat([*(part.flatten() for part in parts), tokens]))
         packed.append(self._life.drift.take())
         if world_size() > 1:
             total = sum_over_ranks(torch.cat([pack.to(packed[0].device) for pack in packed]))
@@ -655,11 +674,22 @@ class LifecycleMixin(EscapeMixin):
             packed = [part.to(pack.device) for part, pack in zip(sums, packed, strict=True)]
         evidence = []
         for block, pack in zip(blocks, packed[:-1], strict=True):
-            counts, signals = pack[:-1].view(2, 4, -1)
+            rows = pack[:-1].view(-1, len(block.population.members))
+            economy = rows[8:] if len(rows) > 8 else None
             selection = block.router.selection
-            tokens = pack[-1] if selection.leaves_places_unused else counts[0].sum() / selection.places
-            evidence.append((counts, signals, tokens))
+            tokens = pack[-1] if selection.leaves_places_unused else rows[0].sum() / selection.places
+            evidence.append(StepEvidence(rows[:4], rows[4:8], tokens, economy))
         return evidence, packed[-1]
+
+
+class StepEvidence(NamedTuple):
+    """What one layer shows of a step, of all ranks: counts (4, E), signals (4, E), the number of tokens (0-dim), and
+    sums of `ECONOMY` with their number (3, E), None without synapses."""
+
+    counts: Tensor
+    signals: Tensor
+    tokens: Tensor
+    economy: Tensor | None
 
 
 def _clade_entropy(block: LivingMoeBlock, received: Tensor) -> Tensor:
