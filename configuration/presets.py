@@ -113,6 +113,8 @@ PRESETS: dict[str, Preset] = {
                     "energy_loss_coef": 0.01,
                     "pool_loss_coef": 0.01,
                 },
+                # Who serves together is pulled together and others are pushed apart; queries pull nobody.
+                "plasticity": {"enabled": True, "use_alpha": False, "use_decay": False, "contrast": 0.002},
                 "lifecycle": {"policy": "synaptic_health"},
             },
         ),

@@ -339,9 +339,13 @@ class PlasticityConfig(Section):
     decay_rate: float = 0.001
     #: decay: keys go to their own start, or to the origin, where those forgotten together meet.
     decay_target: str = "start"
+    #: Contrast: largest angle, radians per consolidation, by which keys of experts that serve other tokens turn away
+    #: from each other (see plasticity/contrast.py), and the cosine up to which they are left alone; 0 radians is off.
+    contrast: float = 0.0
+    contrast_cosine: float = 0.3
 
     def validate(self) -> None:
-        for name in ("alpha", "beta", "usage_decay", "decay_rate"):
+        for name in ("alpha", "beta", "usage_decay", "decay_rate", "contrast", "contrast_cosine"):
             self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("repulsion", "forgetting_threshold"):
             self.require(name, getattr(self, name) >= 0, ">= 0")
