@@ -1,11 +1,12 @@
-"""What synapses cost: a training step of a small Mixtral with router synapses beside the same without.
+"""What synapses cost: a training step of a small Mixtral with synapses, router or postsynaptic, beside one without.
 
     python benchmarks/synapse.py [--experts 64] [--tokens 512] [--chunks 32 48 64] [--rounds 7] [--save]
 
 All arms are in one process and take turns; a figure is the median over rounds of the ratio to the arm without synapses
-in the same round. A step is forward, loss, backward, `LivingAdamW` step and zero_grad, one thread, fp32, hidden 256,
-intermediate 512, top-2, two layers, 4 texts, vocabulary 1,024. Time is the process's own (CPU), so that neighbours do
-not count. The ratio of the fast path to the reference is that of one router's synapses alone, forward and backward.
+in the same round. A step is forward, loss, backward, `LivingAdamW` step, `lifecycle_step` (no events) and zero_grad,
+one thread, fp32, hidden 256, intermediate 512, top-2, two layers, 4 texts, vocabulary 1,024. Time is the process's own
+(CPU), so that neighbours do not count. The ratio of the fast path to the reference is that of one router's synapses
+alone, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from cells import machine, markdown_table
@@ -29,12 +31,13 @@ from living_moe.training.malloc import tune_malloc
 from living_moe.training.optimizers import LivingAdamW
 
 VOCABULARY, TEXTS, HIDDEN, INTERMEDIATE, TOP_K, LAYERS = 1024, 4, 256, 512, 2, 2
-#: What the fast path may add to a training step.
+#: What a router's fast path may add to a training step.
 BAR = 0.15
+PLAIN = "without synapses"
 RESULTS = Path(__file__).parent / "results" / "synapse.md"
 
 
-def build(experts: int, tokens: int, chunk: int | None) -> LivingMoeForCausalLM:
+def build(experts: int, tokens: int, synapse: dict[str, Any]) -> LivingMoeForCausalLM:
     torch.manual_seed(0)
     backbone = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -47,9 +50,12 @@ def build(experts: int, tokens: int, chunk: int | None) -> LivingMoeForCausalLM:
         num_experts_per_tok=TOP_K,
         max_position_embeddings=tokens,
     )
-    synapse = {"router": True, "chunk": chunk, "strength": 1.0} if chunk else {}
     config = LivingMoeConfig(backbone_config=backbone, lifecycle={"enabled": False}, synapse=synapse)
     return LivingMoeForCausalLM(config).train()
+
+
+def of_router(chunk: int) -> dict[str, Any]:
+    return {"router": True, "chunk": chunk, "strength": 1.0}
 
 
 def stepper(model: LivingMoeForCausalLM, ids: Tensor) -> Callable[[], None]:
@@ -58,6 +64,7 @@ def stepper(model: LivingMoeForCausalLM, ids: Tensor) -> Callable[[], None]:
     def step() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
+        model.lifecycle_step(optimizer)
         optimizer.zero_grad()
 
     return step
@@ -73,18 +80,20 @@ def seconds(step: Callable[[], None]) -> float:
 def training_steps(experts: int, tokens: int, chunks: list[int], rounds: int) -> list[list[str]]:
     """Per arm: name, milliseconds of a step, and its ratio to the step without synapses."""
     ids = torch.randint(VOCABULARY, (TEXTS, tokens), generator=torch.Generator().manual_seed(1))
-    arms = {chunk: stepper(build(experts, tokens, chunk), ids) for chunk in (None, *chunks)}
-    times: dict[int | None, list[float]] = {chunk: [] for chunk in arms}
+    arms: dict[str, dict[str, Any]] = {PLAIN: {}}
+    arms |= {f"router, chunks of {chunk}": of_router(chunk) for chunk in chunks}
+    arms["postsynaptic"] = {"postsynaptic": True}
+    steps = {name: stepper(build(experts, tokens, synapse), ids) for name, synapse in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
-        for chunk, step in arms.items():
+        for name, step in steps.items():
             taken = seconds(step)
             if number:  # the first round warms up
-                times[chunk].append(taken)
+                times[name].append(taken)
     rows = []
-    for chunk, taken in times.items():
-        ratio = statistics.median(mine / plain for mine, plain in zip(taken, times[None], strict=True))
-        name = "without synapses" if chunk is None else f"chunks of {chunk}"
-        verdict = "" if chunk is None else "yes" if ratio - 1 <= BAR else "no"
+    for name, taken in times.items():
+        ratio = statistics.median(mine / plain for mine, plain in zip(taken, times[PLAIN], strict=True))
+        verdict = "" if "router" not in arms[name] else "yes" if ratio - 1 <= BAR else "no"
         rows.append([name, f"{1e3 * statistics.median(taken):.0f}", f"{ratio - 1:+.1%}", verdict])
     return rows
 
@@ -95,7 +104,7 @@ def synapses_alone(experts: int, tokens: int, chunks: list[int], rounds: int) ->
     scores = torch.randn(TEXTS * tokens, experts, generator=generator).requires_grad_()
     arms = {}
     for chunk in (1, *chunks):
-        block = build(experts, tokens, chunk).living_blocks[0]
+        block = build(experts, tokens, of_router(chunk)).living_blocks[0]
 
         def run(block: torch.nn.Module = block, chunk: int = chunk) -> None:
             passage = Passage(read_texts((TEXTS, tokens), chunk, scores.device))
@@ -122,7 +131,7 @@ def main() -> None:
     tune_malloc()
     shape = (options.experts, options.tokens, options.chunks)
     steps = markdown_table(
-        ["routers", "ms per step", "added", f"at most {BAR:.0%}"], training_steps(*shape, options.rounds)
+        ["synapses", "ms per step", "added", f"at most {BAR:.0%}"], training_steps(*shape, options.rounds)
     )
     alone = markdown_table(
         ["one router's synapses", "ms forward and backward", "times faster than the reference"],

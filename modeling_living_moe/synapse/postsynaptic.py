@@ -178,6 +178,13 @@ def share_to_consolidate(camkii: Tensor, bdnf: Tensor, slow_rate: float, bdnf_sc
     return (slow_rate * (1.0 + bdnf_scale * bdnf) * F.relu(2.0 * camkii - 1.0)).clamp(max=1.0)
 
 
+def lengths_of(down: Tensor, rows: Tensor, alive: int) -> Tensor:
+    """|W|_F of some of the first `alive` rows, fp32. Reading a few too many rows costs less than copying most."""
+    if 2 * len(rows) >= alive:
+        return torch.linalg.vector_norm(down[:alive], dim=(-2, -1), dtype=torch.float32)[rows]
+    return torch.linalg.vector_norm(down[rows], dim=(-2, -1), dtype=torch.float32)
+
+
 def what_follows(hidden_BSH: Tensor, mask_BS: Tensor | None, follows_BS: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean input of a pass, and of which tokens something follows.
 
@@ -373,9 +380,8 @@ class Postsynapse(KeepsDtype):
             if not len(hit):
                 continue
             table, down = self.table(name), pool.weights(name).down_proj
-            # Weights are much larger than all the rest here: no copy where every expert has tokens.
-            weight = down.detach()[: len(part.count_E)] if len(hit) == len(part.count_E) else down.detach()[hit]
-            length = torch.linalg.vector_norm(weight.float(), dim=(-2, -1)) * self.width(name) ** -0.5
+            down = down.detach()
+            length = lengths_of(down, hit, len(part.count_E)) * self.width(name) ** -0.5
             drives = part.gain_EI[hit], part.trace_EHR[hit]
             gain, trace = fast_step(table.gain[hit], table.trace[hit], *drives, length, rates)
             if training:
@@ -396,8 +402,8 @@ class Postsynapse(KeepsDtype):
                 share = share_to_consolidate(camkii, bdnf, slow, scale)
                 moves = torch.nonzero(share > 0)[:, 0]
                 if g and len(moves):
-                    folded, gain[moves], trace[moves] = fold(weight[moves], gain[moves], trace[moves], share[moves], g)
-                    down[hit[moves]] = folded
+                    rows, fast = hit[moves], (gain[moves], trace[moves])
+                    down[rows], gain[moves], trace[moves] = fold(down[rows], *fast, share[moves], g)
             table.gain[hit], table.trace[hit] = gain, trace
         self.writes += 1
         self._is_blank = False
