@@ -228,7 +228,7 @@ class LivingMoeBlock(nn.Module):
         num_experts = len(self.population.members)
         self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, field_T, fields_E, full=full)
         if context.passage is not None and (economy := context.passage.economies.get(self.layer)) is not None:
-            self.vitals.observe_economy(economy.sums[:, :num_experts], economy.count)
+            self.vitals.observe_economy(economy.sums[:, :num_experts], economy.times)
 
     def _learn(self, hidden_BSH: Tensor, index_TK: Tensor, weights_TK: Tensor, context: ForwardContext) -> None:
         assert self.postsynaptic is not None

@@ -379,8 +379,7 @@ class Postsynapse(KeepsDtype):
             hit = torch.nonzero(part.count_E > 0)[:, 0]
             if not len(hit):
                 continue
-            table, down = self.table(name), pool.weights(name).down_proj
-            down = down.detach()
+            table, down = self.table(name), pool.weights(name).down_proj.detach()
             length = lengths_of(down, hit, len(part.count_E)) * self.width(name) ** -0.5
             drives = part.gain_EI[hit], part.trace_EHR[hit]
             gain, trace = fast_step(table.gain[hit], table.trace[hit], *drives, length, rates)

@@ -69,12 +69,12 @@ class Economy(NamedTuple):
 
     Attributes:
         sums: Sums of E and of depletion over texts and chunks, (2, A), without a gradient.
-        count: Texts times chunks, 0-dim; 0 where all texts are shorter than a chunk.
+        times: Texts times chunks, 0-dim; 0 where all texts are shorter than a chunk.
         losses: The two means, (2,), with a gradient if the pass was asked for losses.
     """
 
     sums: Tensor
-    count: Tensor
+    times: Tensor
     losses: Tensor
 
 

@@ -1,6 +1,8 @@
 """Selection by health: its factors, chances that are the same everywhere, and who splits, dies and merges."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +402,52 @@ def test_a_run_by_health_has_events_and_goes_on_bit_for_bit_after_a_save(tmp_pat
     second.run()
     assert_same_life(life(whole.model, whole.optimizer), life(second.model, second.optimizer))
     assert [event.kind for event in whole.model.lineage] == [event.kind for event in second.model.lineage]
+
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch, torch.distributed as dist
+from test_synaptic_health import life_of_passes
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
+model = life_of_passes([rank])
+torch.save((model.state_dict(), [event.to_dict() for event in model.lineage]), folder / f"rank-{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def life_of_passes(ranks: list[int]) -> LivingMoeForCausalLM:
+    """Eight steps of reading by these ranks' passes, without a gradient; the fourth brings tokens to rank 0 only."""
+    sections = {"lifecycle": {**BUSY, "noise_std": 0.0}, "synapse": {"router": True, "chunk": 4, "strength": 1.0}}
+    model = living_model("mixtral", sections=sections).train()
+    for step in range(8):
+        for rank in ranks:
+            if rank == 0 or step != 3:
+                model(input_ids=mixed_text(4, 12, seed=10 * step + rank))
+        model.lifecycle_step()
+    return model
+
+
+def test_two_ranks_live_as_one_process_that_makes_both_passes(tmp_path: Path) -> None:
+    """Energy is one average of all ranks, and every draw falls alike."""
+    here = Path(__file__)
+    script = RANK_SCRIPT.format(tests=str(here.parents[1]), here=str(here.parent))
+    started = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    (first, events), (second, others) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert events == others and any(event["kind"] == "split" for event in events)
+    alone = life_of_passes([0, 1])
+    assert [(e.kind, e.step, e.layer, list(e.parents)) for e in alone.lineage] == [
+        (e["kind"], e["step"], e["layer"], list(e["parents"])) for e in events
+    ]
+    energies = [name for name in first if name.endswith((".energy", ".depletion"))]
+    assert energies
+    for name in energies:
+        torch.testing.assert_close(first[name], alone.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
 def test_another_seed_lives_another_life() -> None:
