@@ -154,12 +154,12 @@ def differences(rows: Rows, arm: Arm, other: Arm, figure: str) -> list[float]:
     return [one[figure] - two[figure] for one, two in pairs]
 
 
-def direction(values: list[float]) -> int:
-    """-1 or 1 where the mean is more than twice its standard error from 0, else 0; one seed says nothing."""
+def change(values: list[float]) -> str:
+    """What a difference is, in a word: lower or higher where its mean is more than twice its standard error from 0."""
     if len(values) < 2:
-        return 0
+        return "of one seed only"
     mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    return 0 if abs(mean) <= 2 * error else 1 if mean > 0 else -1
+    return "no different" if abs(mean) <= 2 * error else "higher" if mean > 0 else "lower"
 
 
 #: Figure, digits.
@@ -171,10 +171,6 @@ def shown(results: list[Result]) -> list[str]:
     return [mean_and_deviation([result[name] for result in results], digits) for name, digits in SHOWN]
 
 
-#: What a difference is, by its direction.
-CHANGES = {-1: "lower", 0: "no different", 1: "higher"}
-
-
 def parts_table(rows: Rows) -> str:
     lines, claims, baseline = [], [], parts()[BASELINE]
     for name, arm in parts().items():
@@ -184,7 +180,7 @@ def parts_table(rows: Rows) -> str:
         loss = mean_and_deviation([result["loss"] for result in mine], 4)
         lines.append([name, loss, difference, mean_and_deviation(costs, 2), *shown(mine)])
         if name != BASELINE:
-            claims.append(f"- {name}: the loss is {CHANGES[direction(gained)]} ({difference}).")
+            claims.append(f"- {name}: the loss is {change(gained)} ({difference}).")
     table = markdown_table(["arm", "held-out loss", "difference", "CPU seconds / baseline's", *HEADER], lines)
     return "\n".join([table, "", *claims])
 
@@ -202,8 +198,8 @@ def balance_table(rows: Rows) -> str:
         if arm != other:
             against = next(known for known, there in BALANCES.items() if there == other)
             apart = differences(rows, arm, other, "max_violation")
-            change = f"{CHANGES[direction(apart)]} than with {against} ({mean_and_deviation(apart, 2)})"
-            claims.append(f"- {name}: MaxVio is {change}.")
+            by = mean_and_deviation(apart, 2)
+            claims.append(f"- {name}: MaxVio is {change(apart)}, against {against} ({by}).")
     table = markdown_table(["arm", "held-out loss", *HEADER, "strength learned"], lines)
     return "\n".join([table, "", *claims])
 
