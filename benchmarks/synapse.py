@@ -1,14 +1,14 @@
-"""What synapses cost: a training step of a small Mixtral with synapses of routers, or of attention, beside the same
-without.
+"""What synapses cost: a training step of a small Mixtral with synapses of routers, of attention, or postsynaptic,
+beside the same without.
 
     python benchmarks/synapse.py [--experts 64] [--tokens 512] [--chunks 32 48 64] [--attention-chunks 16 32 64]
         [--rounds 7] [--save]
 
 All arms are in one process and take turns; a figure is the median over rounds of the ratio to the arm without synapses
-in the same round. A step is forward, loss, backward, `LivingAdamW` step and zero_grad, one thread, fp32, hidden 256,
-intermediate 512, top-2, two layers, 4 heads, 4 texts, vocabulary 1,024. Time is the process's own (CPU), so that
-neighbours do not count. The ratio of the fast path to the reference is that of one router's synapses alone, and of one
-layer's attention function, forward and backward.
+in the same round. A step is forward, loss, backward, `LivingAdamW` step, `lifecycle_step` (no events) and zero_grad,
+one thread, fp32, hidden 256, intermediate 512, top-2, two layers, 4 heads, 4 texts, vocabulary 1,024. Time is the
+process's own (CPU), so that neighbours do not count. The ratio of the fast path to the reference is that of one
+router's synapses alone, and of one layer's attention function, forward and backward.
 """
 
 from __future__ import annotations
@@ -35,17 +35,13 @@ from living_moe.training.malloc import tune_malloc
 from living_moe.training.optimizers import LivingAdamW
 
 VOCABULARY, TEXTS, HIDDEN, INTERMEDIATE, TOP_K, LAYERS, HEADS = 1024, 4, 256, 512, 2, 2, 4
-#: What the fast path of routers may add to a training step.
+#: What a router's fast path may add to a training step.
 BAR = 0.15
+PLAIN = "without synapses"
 RESULTS = Path(__file__).parent / "results" / "synapse.md"
 
 
-#: Which edges have synapses, and their chunk.
-Arm = tuple[str, int]
-WITHOUT: Arm = ("", 0)
-
-
-def build(experts: int, tokens: int, arm: Arm) -> LivingMoeForCausalLM:
+def build(experts: int, tokens: int, synapse: dict[str, Any]) -> LivingMoeForCausalLM:
     torch.manual_seed(0)
     backbone = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -58,11 +54,16 @@ def build(experts: int, tokens: int, arm: Arm) -> LivingMoeForCausalLM:
         num_experts_per_tok=TOP_K,
         max_position_embeddings=tokens,
     )
-    edges, chunk = arm
-    name = {"router": "chunk", "attention": "attention_chunk"}.get(edges, "chunk")
-    synapse = {edges: True, name: chunk, "strength": 1.0} if edges else {}
     config = LivingMoeConfig(backbone_config=backbone, lifecycle={"enabled": False}, synapse=synapse)
     return LivingMoeForCausalLM(config).train()
+
+
+def of_router(chunk: int) -> dict[str, Any]:
+    return {"router": True, "chunk": chunk, "strength": 1.0}
+
+
+def of_attention(chunk: int) -> dict[str, Any]:
+    return {"attention": True, "attention_chunk": chunk, "strength": 1.0}
 
 
 def stepper(model: LivingMoeForCausalLM, ids: Tensor) -> Callable[[], None]:
@@ -71,6 +72,7 @@ def stepper(model: LivingMoeForCausalLM, ids: Tensor) -> Callable[[], None]:
     def step() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
+        model.lifecycle_step(optimizer)
         optimizer.zero_grad()
 
     return step
@@ -83,21 +85,20 @@ def seconds(step: Callable[[], None]) -> float:
     return time.process_time() - started
 
 
-def training_steps(experts: int, tokens: int, arms: list[Arm], rounds: int) -> list[list[str]]:
+def training_steps(experts: int, tokens: int, arms: dict[str, dict[str, Any]], rounds: int) -> list[list[str]]:
     """Per arm: name, milliseconds of a step, and its ratio to the step without synapses."""
     ids = torch.randint(VOCABULARY, (TEXTS, tokens), generator=torch.Generator().manual_seed(1))
-    steps = {arm: stepper(build(experts, tokens, arm), ids) for arm in (WITHOUT, *arms)}
-    times: dict[Arm, list[float]] = {arm: [] for arm in steps}
+    steps = {name: stepper(build(experts, tokens, synapse), ids) for name, synapse in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
-        for arm, step in steps.items():
+        for name, step in steps.items():
             taken = seconds(step)
             if number:  # the first round warms up
-                times[arm].append(taken)
+                times[name].append(taken)
     rows = []
-    for arm, taken in times.items():
-        ratio = statistics.median(mine / plain for mine, plain in zip(taken, times[WITHOUT], strict=True))
-        name = "without synapses" if arm == WITHOUT else f"{arm[0]}, chunks of {arm[1]}"
-        verdict = "" if arm[0] != "router" else "yes" if ratio - 1 <= BAR else "no"
+    for name, taken in times.items():
+        ratio = statistics.median(mine / plain for mine, plain in zip(taken, times[PLAIN], strict=True))
+        verdict = "" if "router" not in arms[name] else "yes" if ratio - 1 <= BAR else "no"
         rows.append([name, f"{1e3 * statistics.median(taken):.0f}", f"{ratio - 1:+.1%}", verdict])
     return rows
 
@@ -106,7 +107,7 @@ def router_alone(experts: int, tokens: int, chunk: int) -> Callable[[], None]:
     """One router's synapses on random scores, forward and backward."""
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(TEXTS * tokens, experts, generator=generator).requires_grad_()
-    block = build(experts, tokens, ("router", chunk)).living_blocks[0]
+    block = build(experts, tokens, of_router(chunk)).living_blocks[0]
 
     def run() -> None:
         passage = Passage(read_texts((TEXTS, tokens), chunk, scores.device))
@@ -120,7 +121,7 @@ def attention_alone(experts: int, tokens: int, chunk: int) -> Callable[[], None]
     generator = torch.Generator().manual_seed(2)
     size = (TEXTS, HEADS, tokens, HIDDEN // HEADS)
     query, key, value = (torch.randn(size, generator=generator).requires_grad_() for _ in range(3))
-    layer: Any = attention_layers(build(experts, tokens, ("attention", chunk or 1)))[0]
+    layer: Any = attention_layers(build(experts, tokens, of_attention(chunk or 1)))[0]
     name = "synaptic" if chunk else "sdpa"
 
     def run() -> None:
@@ -148,7 +149,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tune_malloc()
     shape = (options.experts, options.tokens)
-    arms = [("router", chunk) for chunk in options.chunks] + [("attention", c) for c in options.attention_chunks]
+    arms: dict[str, dict[str, Any]] = {PLAIN: {}}
+    arms |= {f"router, chunks of {chunk}": of_router(chunk) for chunk in options.chunks}
+    arms |= {f"attention, chunks of {chunk}": of_attention(chunk) for chunk in options.attention_chunks}
+    arms["postsynaptic"] = {"postsynaptic": True}
     steps = markdown_table(
         ["synapses", "ms per step", "added", f"router: at most {BAR:.0%}"], training_steps(*shape, arms, options.rounds)
     )

@@ -103,6 +103,24 @@ PRESETS: dict[str, Preset] = {
             sections={"synapse": {"router": True}},
         ),
         Preset(
+            name="synaptic-full",
+            description="As synaptic-router; keys of attention tire too, and experts have fast weights beside the slow "
+            "ones. The healthy that have too much to do split, the sick die, the weak and alike merge; what releases "
+            "cost weighs on the loss.",
+            sections={
+                "synapse": {
+                    "router": True,
+                    "attention": True,
+                    "postsynaptic": True,
+                    "energy_loss_coef": 0.01,
+                    "pool_loss_coef": 0.01,
+                },
+                # Who serves together is pulled together and others are pushed apart; queries pull nobody.
+                "plasticity": {"enabled": True, "use_alpha": False, "use_decay": False, "contrast": 0.002},
+                "lifecycle": {"policy": "synaptic_health"},
+            },
+        ),
+        Preset(
             name="grow",
             description="Everything trains and the population is free: the overloaded split, the starved die.",
             sections={

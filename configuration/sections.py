@@ -339,9 +339,13 @@ class PlasticityConfig(Section):
     decay_rate: float = 0.001
     #: decay: keys go to their own start, or to the origin, where those forgotten together meet.
     decay_target: str = "start"
+    #: Contrast: largest angle, radians per consolidation, by which keys of experts that serve other tokens turn away
+    #: from each other (see plasticity/contrast.py), and the cosine up to which they are left alone; 0 radians is off.
+    contrast: float = 0.0
+    contrast_cosine: float = 0.3
 
     def validate(self) -> None:
-        for name in ("alpha", "beta", "usage_decay", "decay_rate"):
+        for name in ("alpha", "beta", "usage_decay", "decay_rate", "contrast", "contrast_cosine"):
             self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("repulsion", "forgetting_threshold"):
             self.require(name, getattr(self, name) >= 0, ">= 0")
@@ -375,6 +379,10 @@ class SynapseConfig(Section):
     strength: float = 0.0
     #: stochastic: with step and layer it determines every draw.
     seed: int = 0
+    #: Weights of the auxiliary losses of routers' synapses: mean energy spent, and mean share of the docked vesicles
+    #: that is gone (see synapse/router.py); 0 adds nothing.
+    energy_loss_coef: float = 0.0
+    pool_loss_coef: float = 0.0
     #: Experts have fast weights that learn from what they read without gradients (see synapse/postsynaptic.py).
     postsynaptic: bool = False
     #: What fast weights are multiplied by when experts compute; at 0 they are written and never read.
@@ -420,6 +428,10 @@ class SynapseConfig(Section):
         self.require("epsilon", 1e-6 <= self.epsilon <= 1, "in [1e-6, 1]")
         self.require("strength", abs(self.strength) <= 10, "from -10 to 10")
         self.require("seed", self.seed >= 0, ">= 0")
+        for name in ("energy_loss_coef", "pool_loss_coef"):
+            value = getattr(self, name)
+            self.require(name, value >= 0, ">= 0")
+            self.require(name, self.router or not value, "0 without synapse.router, whose energy and vesicles it is of")
         self.require("postsynaptic_gain", 0 <= self.postsynaptic_gain <= 1, "in [0, 1]")
         for name in ("rank", "tokens"):
             self.require(f"postsynaptic_{name}", getattr(self, f"postsynaptic_{name}") >= 1, ">= 1")
@@ -534,6 +546,16 @@ class LifecycleConfig(Section):
     gravity_coactivation: float = 0.8
     #: self_preservation: share of `experts.memory_budget_mib` from which on the weakest merge whatever they serve.
     memory_pressure: float = 0.9
+    #: synaptic_health: healths (see policies/health.py) at which an overloaded expert splits, and one that was less
+    #: healthy for `patience` decisions dies, with half of `hazard`; and below which two may merge.
+    split_health: float = 0.5
+    death_health: float = 0.1
+    merge_health: float = 0.3
+    #: synaptic_health: least cosine of the keys of two experts that may merge.
+    merge_cosine: float = 0.6
+    #: synaptic_health: greatest probability of an event per decision, and how steeply it changes with health.
+    hazard: float = 0.25
+    health_slope: float = 12.0
     #: Siblings may not merge back for this many steps after their split.
     sibling_merge_bar_steps: int = 500
     #: Most events of one lifecycle step, all layers together.
@@ -547,7 +569,7 @@ class LifecycleConfig(Section):
     #: While new data arrives and experts protect themselves (phases 2 and 3 of the drift detector), policies that watch
     #: for cannibalisation divide their thresholds by this; 1 never tightens them.
     drift_vigilance: float = 1.5
-    #: Seed of mutation noise and of tie breaks; with (step, layer, uid) it determines every event.
+    #: Seed of mutation noise, of chances and of tie breaks; with (step, layer, uid) it determines every event.
     seed: int = 0
 
     def validate(self) -> None:
@@ -563,6 +585,15 @@ class LifecycleConfig(Section):
         self.require("preserve_steps", self.preserve_steps >= 0, ">= 0")
         for name in ("lifetime_exponent", "split_divergence", "split_interference", "merge_load"):
             self.require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("split_health", "merge_health", "death_health"):
+            self.require(name, 0 < getattr(self, name) < 1, "in (0, 1), where healths are")
+        low, high = self.death_health, self.split_health
+        self.require(
+            "merge_health", low <= self.merge_health <= high, f"from death_health {low} to split_health {high}"
+        )
+        self.require("merge_cosine", -1 <= self.merge_cosine < 1, "in [-1, 1)")
+        self.require("hazard", 0 < self.hazard <= 1, "in (0, 1]")
+        self.require("health_slope", self.health_slope >= 0, ">= 0")
         self.require("split_conflict", -1 <= self.split_conflict <= 1, "in [-1, 1]")
         for name in ("merge_coactivation", "gravity_coactivation", "memory_pressure"):
             self.require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")

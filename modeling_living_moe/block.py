@@ -199,6 +199,9 @@ class LivingMoeBlock(nn.Module):
         observed = context.observe and self.training and not in_backward()
         if observed:
             self._observe(hidden_TH, weights_TK, index_TK, field_T, context)
+        if passage is not None and in_backward():
+            # A recomputation computes what its pass did; who asked for it has it already.
+            passage.economies.pop(self.layer, None)
         if context.plastic and self.plasticity is not None and not in_backward():
             with torch.no_grad():
                 query_TD = self.router.queries(hidden_TH)
@@ -226,6 +229,8 @@ class LivingMoeBlock(nn.Module):
         fields_E = self.population.fields() if self.has_fields else None
         num_experts = len(self.population.members)
         self.vitals.observe(hidden_TH, weights_TK, index_TK, num_experts, mask_T, field_T, fields_E, full=full)
+        if context.passage is not None and (economy := context.passage.economies.get(self.layer)) is not None:
+            self.vitals.observe_economy(economy.sums[:, :num_experts], economy.times)
 
     def _learn(self, hidden_BSH: Tensor, index_TK: Tensor, weights_TK: Tensor, context: ForwardContext) -> None:
         assert self.postsynaptic is not None

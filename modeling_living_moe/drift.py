@@ -107,6 +107,8 @@ class LayerEvidence(NamedTuple):
     #: Tokens behind the counts, 0-dim; None where each has used all its `places`.
     tokens: Tensor | None
     places: int
+    #: As `Vitals.pending_economy`; None without synapses. The detector does not read it.
+    economy: Tensor | None = None
 
 
 class Passes(NamedTuple):

@@ -8,6 +8,7 @@ B batch, S sequence, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ class LivingMoePreTrainedModel(  # type: ignore[misc]
     config: LivingMoeConfig
     config_class = LivingMoeConfig
     base_model_prefix = "model"
-    # Checkpoints from before there was a trend begin it anew.
-    _keys_to_ignore_on_load_missing = [r"(^|\.)trend\."]
+    # Checkpoints from before there was a trend, or an economy of synapses, begin it anew.
+    _keys_to_ignore_on_load_missing = [r"(^|\.)trend\.", r"\.vitals\.[a-z0-9_]+\.(energy|depletion)$"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -257,7 +258,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         history = synapse_layer(cache)
         shape = (given.shape[0], given.shape[1])
         texts = read_texts(shape, self.config.synapse.chunk, given.device, mask, position_ids, history)
-        passage = Passage(texts, step=self.steps_lived if self.training else 0)
+        passage = Passage(texts, step=self.steps_lived if self.training else 0, accounts=self.training)
         if history is not None:
             sizes = [block.population.num_addresses for block in self.living_blocks]
             passage.take_up(kept_of(history), history.state, sizes)
@@ -351,6 +352,15 @@ def going_on(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([position_ids.diff(dim=1) == 1, ends], dim=1)
 
 
+@dataclass
+class LivingMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """As Transformers', and the auxiliary losses of synapses, 0-dim fp32: mean energy spent, and mean share of the
+    docked vesicles that is gone, both in [0, 1]; None without a weight in the section `synapse`."""
+
+    energy_loss: Tensor | None = None
+    pool_loss: Tensor | None = None
+
+
 class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A living model with a language-model head."""
 
@@ -414,7 +424,7 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> LivingMoeCausalLMOutput:
         """Next-token logits, and the loss when `labels` are given.
 
         Args:
@@ -424,7 +434,8 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             logits_to_keep: Compute logits for the last n positions only (0: all), or for the given indices.
 
         Returns:
-            `logits` (B, S, V), `loss`, `aux_loss` and what the backbone returns.
+            `logits` (B, S, V), `loss`, `aux_loss` and what the backbone returns; `energy_loss` and `pool_loss` where
+            `synapse` gives them a weight.
         """
         if output_router_logits is None:
             output_router_logits = bool(self.config.output_router_logits)
@@ -432,6 +443,9 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
         want_logits = output_router_logits or (z_loss_coef > 0 and labels is not None)
         context = self.model.read_context(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
         context.keep_choices, context.all_logits = output_router_logits, want_logits
+        coefficients = self.config.synapse.energy_loss_coef, self.config.synapse.pool_loss_coef
+        if context.passage is not None and labels is not None and any(coefficients):
+            context.passage.accounts = context.passage.has_losses = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -467,17 +481,36 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
                 layer.float().logsumexp(dim=-1).square().mean().to(loss.device) for layer in outputs.router_logits
             ]
             loss = loss + z_loss_coef * torch.stack(squares).mean()
+        economy = self._synaptic_losses(context.passage)
+        if loss is not None and economy is not None:
+            for coefficient, part in zip(coefficients, economy, strict=True):
+                if coefficient:
+                    loss = loss + coefficient * part.to(loss.device)
+        energy_loss, pool_loss = (None, None) if economy is None else economy
         if loss is not None and self.training and torch.is_grad_enabled() and not loss.requires_grad:
             loss = self._nothing_to_learn(loss)
-        return MoeCausalLMOutputWithPast(
+        return LivingMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            energy_loss=energy_loss,
+            pool_loss=pool_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    @staticmethod
+    def _synaptic_losses(passage: Passage | None) -> tuple[Tensor, Tensor] | None:
+        """Energy spent and depletion, means over layers; None where nobody asked."""
+        if passage is None or not passage.has_losses:
+            return None
+        layers = [economy.losses for _, economy in sorted(passage.economies.items())]
+        # Gradient checkpointing keeps the passage for its recomputation: a cycle through the graph.
+        passage.economies.clear()
+        energy, pool = torch.stack([losses.to(layers[0].device) for losses in layers]).mean(0).unbind()
+        return energy, pool
 
     def _credit(self, logits: Tensor, labels: Tensor, sample: TokenSample, shift_labels: Tensor | None) -> None:
         """Credit the loss of the sampled tokens to the experts that served them, in every layer."""

@@ -256,6 +256,10 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         """Vitality of the alive experts, fp32 (E,) in slot order; 1.0 is like any other."""
         return super().vitality(LAYER)
 
+    def health(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Health of the alive experts and its factors; see `LifecycleMixin.health`."""
+        return super().health(LAYER)
+
     def routing(self) -> dict[str, Tensor]:  # type: ignore[override]
         """`density` and `entropy` of the routing; see `LifecycleMixin.routing`."""
         return super().routing(LAYER)

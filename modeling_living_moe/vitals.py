@@ -42,6 +42,8 @@ COUNTED_BY = {
     "interference": "sampled", "loss_fast": "credited", "loss_slow": "credited", "loss_noise": "credited",
     "conflict_cos": "compared", "conflict_magnitude": "compared", "sketch": "compared",
 }  # fmt: skip
+#: Columns of experts whose router has synapses, in the order of `synapse.router.Economy`.
+ECONOMY = ("energy", "depletion")
 #: Of a layer.
 PHI = ("phi", "differentiation", "integration", "phi_level", "phi_peak")
 #: Decay per measurement of Φ's level: one sample of tokens is off by a few hundredths, and a maximum of such numbers is
@@ -99,6 +101,10 @@ class VitalsTable(RowTable):
         "conflict_magnitude": (torch.float32, 0.0),
         "compared": (torch.int64, 0),
         "sketch": (torch.float32, 0.0),
+        # Moving averages of what the router's synapses have left: energy, and the share of docked vesicles that is
+        # gone; means over texts, at the ends of chunks. A rested edge's until measured.
+        "energy": (torch.float32, 1.0),
+        "depletion": (torch.float32, 0.0),
     }
     load: Tensor
     router_weight: Tensor
@@ -121,6 +127,8 @@ class VitalsTable(RowTable):
     conflict_magnitude: Tensor
     compared: Tensor
     sketch: Tensor
+    energy: Tensor
+    depletion: Tensor
 
     def __init__(self, capacity: int):
         super().__init__(capacity)
@@ -142,6 +150,8 @@ class StepCounts(NamedTuple):
     #: Tokens behind the counts, 0-dim; None where each has used all its `places` (0: not known, density stays).
     tokens: Tensor | None
     places: int
+    #: As `Vitals.pending_economy`; None where routers have no synapses.
+    economy: Tensor | None
 
 
 class Vitals(Deferred[StepCounts]):
@@ -178,6 +188,8 @@ class Vitals(Deferred[StepCounts]):
         self.pending: Tensor | None = None
         #: Rows interference summed, places it was measured at, loss times share, shares: (4, E), fp64.
         self.pending_signals: Tensor | None = None
+        #: Sums of `ECONOMY` over texts and chunks, and how many these are in the third row: (3, E), fp64.
+        self.pending_economy: Tensor | None = None
         #: Tokens that chose them, int64 scalar; counted where tokens may leave places unused.
         self.pending_tokens: Tensor | None = None
         #: Tokens per alive expert since the optimizer last asked, int64 (E,).
@@ -283,11 +295,17 @@ class Vitals(Deferred[StepCounts]):
     def forget(self) -> None:
         """Drop what was observed since the last step."""
         self.pending = self.pending_signals = self.pending_tokens = self.since_step = self.sample = None
-        self.pending_phi = None
+        self.pending_phi = self.pending_economy = None
 
     def loads(self, alive: dict[str, int]) -> Tensor:
         """Moving average of the load of the alive experts, fp32 (E,)."""
         return torch.cat([self.table(slab).load[:count] for slab, count in alive.items()])
+
+    @torch.no_grad()
+    def observe_economy(self, sums_2E: Tensor, count: Tensor) -> None:
+        """Add a pass's sums of `ECONOMY` over `count` (0-dim) texts and chunks."""
+        sums = torch.cat([sums_2E, count.expand(1, sums_2E.shape[1])]).to(count_dtype(sums_2E.device))
+        self.pending_economy = sums if self.pending_economy is None else self.pending_economy + sums
 
     def observe_phi(self, evidence: Tensor) -> None:
         """Add one forward pass's `phi_evidence`."""
@@ -323,6 +341,8 @@ class Vitals(Deferred[StepCounts]):
             self.pending = moved(self.pending)
         if self.pending_signals is not None:
             self.pending_signals = moved(self.pending_signals)
+        if self.pending_economy is not None:
+            self.pending_economy = moved(self.pending_economy)
         # Of pairs of experts that are others now; the next measurement is of these.
         self.pending_phi = None
         if self.since_step is not None:
@@ -344,6 +364,7 @@ class Vitals(Deferred[StepCounts]):
         places: int = 0,
         signals: Tensor | None = None,
         sketches: dict[str, Tensor] | None = None,
+        economy: Tensor | None = None,
     ) -> None:
         """Take one optimizer step's counts (4, E), summed over ranks, into the moving averages.
 
@@ -357,8 +378,9 @@ class Vitals(Deferred[StepCounts]):
             places: Experts per token where tokens use them all; 0 and no `tokens` leaves density and entropy alone.
             signals: As `pending_signals`; None on steps that sample nothing.
             sketches: (alive, SKETCH) per trainable slab, of the gradients whose norms are given.
+            economy: As `pending_economy`; None where routers have no synapses.
         """
-        step = StepCounts(counts, dict(alive), tokens, places)
+        step = StepCounts(counts, dict(alive), tokens, places, economy)
         if self.backlog and self.backlog[0].alive != step.alive:
             self.settle()
         if grad_norms is None and signals is None and sketches is None:
@@ -397,7 +419,13 @@ class Vitals(Deferred[StepCounts]):
         rate = learn_K[:, None] * lived
         values = [received * uniform, foreign * uniform, weight / received.clamp_min(1.0)]
         rates = [rate, rate, learn_K[:, None] * (received > 0)]
-        names = ("load", "foreign_load", "router_weight")
+        names = ["load", "foreign_load", "router_weight"]
+        measured = [step.economy for step in backlog if step.economy is not None]
+        if measured:
+            *sums, times = torch.stack(measured).unbind(1)
+            names += ECONOMY
+            values += [value / times.clamp_min(1.0) for value in sums]
+            rates += [learn_K[:, None] * (times > 0)] * len(sums)
         tables = [(self.table(slab), count) for slab, count in alive.items()]
         state = [torch.cat([getattr(table, name)[:count] for table, count in tables]) for name in names]
         if places or backlog[0].tokens is not None:

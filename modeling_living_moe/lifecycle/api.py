@@ -35,11 +35,12 @@ from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason, Surroundings
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
+from living_moe.modeling_living_moe.lifecycle.policies.health import health_of
 from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
-from living_moe.modeling_living_moe.vitals import PHI, SHOWN
+from living_moe.modeling_living_moe.vitals import ECONOMY, PHI, SHOWN
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.modeling_living_moe import LivingMoeModel
@@ -83,13 +84,15 @@ class LifecycleMixin(EscapeMixin):
         load and foreign_load (multiples of the uniform share), router_weight (mean weight per token), grad_norm (L2),
         age (optimizer steps), tokens (received in all), interference (multiples of the expert's own output), loss_fast,
         loss_slow and divergence (nats per token), conflict_cos and conflict_magnitude (of its gradients). What was not
-        measured yet is 0.
+        measured yet is 0. Where routers have synapses also energy (left, in [0, 1]) and depletion (the share of its
+        docked vesicles that is gone), means over texts at the ends of chunks; 1 and 0 until measured.
         """
         block = self.living_block(layer)
         alive = block.population.alive.items()
+        shown = SHOWN if block.router.synapse is None else SHOWN + ECONOMY
         return {
             name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive])
-            for name in SHOWN
+            for name in shown
         }
 
     def vitality(self, layer: int) -> Tensor:
@@ -100,6 +103,15 @@ class LifecycleMixin(EscapeMixin):
         block = self.living_block(layer)
         values = [each.vitality for each in vitality_of(block, self.config.lifecycle.vitality_gradient)]
         return torch.tensor(values, dtype=torch.float32, device=block.population.next_uid.device)
+
+    def health(self, layer: int) -> dict[str, Tensor]:
+        """How healthy a layer's experts are, each fp32 (experts,) in slot order, in [0, 1]: utilisation, energy,
+        camkii, maturity, and their product `health`. See lifecycle/policies/health.py.
+        """
+        block = self.living_block(layer)
+        found = health_of(block, self.config.lifecycle)
+        device, names = block.population.next_uid.device, ("utilisation", "energy", "camkii", "maturity", "health")
+        return {name: torch.tensor([getattr(each, name) for each in found], device=device) for name in names}
 
     def routing(self, layer: int) -> dict[str, Tensor]:
         """How a layer routes, moving averages, 0-dim: `density`, experts per token; `entropy` of the experts' shares of
@@ -141,7 +153,8 @@ class LifecycleMixin(EscapeMixin):
 
         Means over the experts it was measured for: interference, divergence and conflict (cosine of the gradient with
         its running mean). Means over layers: density and entropy, and phi, differentiation and integration over those
-        where Φ was measured. Layers in another space: escaped. The step at which the phase began: phase_since.
+        where Φ was measured. Means over the experts whose routers have synapses: energy and depletion (see `vitals`).
+        Layers in another space: escaped. The step at which the phase began: phase_since.
         What was not measured yet is left out.
         """
         blocks, device = self.living_blocks, self._life.drift.phase.device
@@ -163,6 +176,8 @@ class LifecycleMixin(EscapeMixin):
         for name in ("phi", "differentiation", "integration"):
             layers = torch.stack([getattr(block.vitals, name).to(device) for block in blocks])
             numbers[name] = (layers * measured).sum() / measured.sum()
+        if any(block.router.synapse is not None for block in blocks):
+            numbers |= {name: column(name).mean() for name in ECONOMY}
         escapes = [block.escape for block in blocks if block.escape is not None]
         if escapes:
             numbers["escaped"] = torch.stack([(escape.state > 0).to(device) for escape in escapes]).sum()
@@ -591,6 +606,7 @@ class LifecycleMixin(EscapeMixin):
                 places=layer.places,
                 signals=layer.signals,
                 sketches=sketches,
+                economy=layer.economy,
             )
             if rate:
                 balance_step(block.population, layer.counts[0], rate)

@@ -32,7 +32,12 @@ def of_step(blocks: Sequence[LivingMoeBlock], drift: DriftDetector, step: int, *
     passes = drift.take()
     if world_size() > 1:
         sums = sums_of([passes], device)[0]
-        parts = [part for layer in mine for part in (layer.counts, layer.signals, layer.tokens) if part is not None]
+        parts = [
+            part
+            for layer in mine
+            for part in (layer.counts, layer.signals, layer.tokens, layer.economy)
+            if part is not None
+        ]
         total = sum_over_ranks(torch.cat([part.to(sums).flatten() for part in [*parts, sums]]))
         summed = iter(total.split([part.numel() for part in [*parts, sums]]))
 
@@ -44,6 +49,7 @@ def of_step(blocks: Sequence[LivingMoeBlock], drift: DriftDetector, step: int, *
                 counts=of_all(layer.counts),
                 signals=None if layer.signals is None else of_all(layer.signals),
                 tokens=None if layer.tokens is None else of_all(layer.tokens),
+                economy=None if layer.economy is None else of_all(layer.economy),
             )
             for layer in mine
         ]
@@ -57,7 +63,8 @@ def _of_layer(block: LivingMoeBlock, samples: bool) -> LayerEvidence:
     clade_E, clades = block.population.clades
     device = block.population.next_uid.device
     counts, signals, tokens = vitals.pending, vitals.pending_signals, vitals.pending_tokens
-    vitals.pending = vitals.pending_signals = vitals.pending_tokens = None
+    economy = vitals.pending_economy
+    vitals.pending = vitals.pending_signals = vitals.pending_tokens = vitals.pending_economy = None
 
     def or_zeros(pending: Tensor | None, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=count_dtype(device), device=device) if pending is None else pending
@@ -70,6 +77,7 @@ def _of_layer(block: LivingMoeBlock, samples: bool) -> LayerEvidence:
         or_zeros(signals, 4, experts) if samples else None,
         or_zeros(tokens).to(count_dtype(device)) if selection.leaves_places_unused else None,
         selection.places,
+        None if block.router.synapse is None else or_zeros(economy, 3, experts),
     )
 
 

@@ -29,7 +29,7 @@ from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity, Plast
 from living_moe.modeling_living_moe.population import IdentityTable, Leaf, RowTable, Tombstone
 from living_moe.modeling_living_moe.synapse.postsynaptic import PostsynapticTable, carry_over
 from living_moe.modeling_living_moe.ternary import fitted_row, ternary_row
-from living_moe.modeling_living_moe.vitals import COUNTED_BY, VitalsTable
+from living_moe.modeling_living_moe.vitals import COUNTED_BY, ECONOMY, VitalsTable
 
 #: Roles of what belongs to an address rather than to a function: no hidden units, no noise, sources of their own.
 OF_ADDRESS = ("key", "expression")
@@ -604,6 +604,8 @@ def _live_on(table: VitalsTable, number: int, row: DraftRow, old: dict[str, Vita
             weights = [s.weight * (count > 0) for s, count in zip(row.sources, counts, strict=True)]
             total = sum(value * weight for value, weight in zip(values, weights, strict=True))
             column[number] = total / torch.as_tensor(sum(weights)).clamp_min(1e-12)
+        elif row.life == "merged" and name in ECONOMY:
+            column[number] = sum(value * s.weight for value, s in zip(values, row.sources, strict=True))
         elif row.life == "merged":
             shared = name in ("load", "foreign_load", "tokens")
             column[number] = sum(values) if shared else max(values)

@@ -20,6 +20,7 @@ all layers, layer by layer, where nothing else is said.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, combinations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.distributed import gather_tensors, rank, sum_over_ranks
+from living_moe.modeling_living_moe.plasticity.contrast import COINCIDENT, TINY, company, push_apart
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ def consolidate(
 
     In this order: in hit order, each query pulls the keys it reached, `k += a (q - k)`; then, in token order, the m
     other experts of a token pull each of its experts, from where they were before the step: they decay its key by
-    `(1 - b)^m` and divide the rest of the weight equally; then usage is updated; then dark energy acts. `a` and `b` are
-    alpha and beta over 1 + usage, usage being the hits so far (those of this step too), the load, or 0. Pulls are
-    convex combinations, so no rates in [0, 1) make a key diverge.
+    `(1 - b)^m` and divide the rest of the weight equally; then usage is updated; then dark energy acts, then contrast
+    (`contrast.py`). `a` and `b` are alpha and beta over 1 + usage, usage being the hits so far (those of this step
+    too), the load, or 0. Pulls are convex combinations, so no rates in [0, 1) make a key diverge.
 
     Every rank of the data-parallel world must call it, with empty evidence if it saw nothing. All get the result of one
     process with the evidence of all ranks in rank order.
@@ -198,17 +200,29 @@ def consolidate(
         mass_P = mass(hits, hits_S + sum(counts[: rank()]), load_S, config)
         moved_SD = keys_SD + pull(keys_SD, queries, indices, hits, mass_P, config)
     new_S = torch.stack(counts).sum(dim=0)
+    together = companies(layers, indices) if config.contrast else [None] * len(layers)
     result = []
-    for layer, span in zip(layers, hits.layers, strict=True):
+    for layer, span, together_EE in zip(layers, hits.layers, together, strict=True):
         mine = slice(span.place, span.place + span.experts)
         keys_ED, new_E = moved_SD[mine], new_S[mine]
         load_E = update_load(layer.load_E, new_E, config)
         if config.use_decay:
             keys_ED = dark_energy(keys_ED, layer.start_ED, load_E, layer.uid_E, config)
+        if together_EE is not None:
+            own_ED = unit_directions(layer.uid_E, keys_ED.shape[1])
+            keys_ED = push_apart(keys_ED, own_ED, together_EE, config.contrast, config.contrast_cosine)
         result.append(
             replace(layer, keys_ED=keys_ED.to(layer.keys_ED.dtype), hits_E=layer.hits_E + new_E, load_E=load_E)
         )
     return result
+
+
+def companies(layers: Sequence[LayerKeys], indices: Sequence[Tensor]) -> list[Tensor | None]:
+    """Who served whose tokens on all ranks, (E, E) of each layer; one collective."""
+    parts = [company(index_TK, len(layer.keys_ED)) for layer, index_TK in zip(layers, indices, strict=True)]
+    sums = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+    flat = sums.split([part.numel() for part in parts])
+    return [summed.view_as(part) for summed, part in zip(flat, parts, strict=True)]
 
 
 def alpha_of(config: PlasticityConfig) -> float:
@@ -435,9 +449,39 @@ def reference_consolidate(
             own = unit_directions(layer.uid_E[expert : expert + 1], len(away))[0]
             direction = away / away.norm() if away.norm() else own
             keys[expert] = pulled[expert] + config.repulsion * direction
+    if config.contrast:
+        keys = _reference_push(keys, layer.uid_E, [experts for experts, _ in rates], config)
     return replace(
         layer,
         keys_ED=torch.stack(keys).to(layer.keys_ED.dtype),
         hits_E=torch.tensor(hits).to(layer.hits_E),
         load_E=torch.tensor(load).to(layer.load_E),
     )
+
+
+def _reference_push(
+    keys: list[Tensor], uid_E: Tensor, served: Sequence[list[int]], config: PlasticityConfig
+) -> list[Tensor]:
+    """`push_apart`, pair by pair."""
+    alone = [sum(expert in experts for experts in served) for expert in range(len(keys))]
+    after = []
+    for i, key in enumerate(keys):
+        push = torch.zeros_like(key)
+        unit = key / key.norm() if key.norm() else key
+        for j, other in enumerate(keys):
+            if i == j or not alone[i] or not alone[j]:
+                continue
+            theirs = other / other.norm() if other.norm() else other
+            cosine = unit @ theirs
+            share = sum(i in experts and j in experts for experts in served) / min(alone[i], alone[j])
+            away = cosine * unit - theirs
+            if 1 - cosine**2 < COINCIDENT:
+                mine, its = (own - (own @ unit) * unit for own in unit_directions(uid_E[[i, j]], len(key)).double())
+                away = mine - its
+            if away.norm() > TINY:
+                push = push + (1 - share) * max(float(cosine) - config.contrast_cosine, 0.0) * away / away.norm()
+        if push.norm():
+            angle = config.contrast * min(float(push.norm()), 1.0)
+            key = key.norm() * (math.cos(angle) * unit + math.sin(angle) * push / push.norm())
+        after.append(key)
+    return after

@@ -178,28 +178,41 @@ def share_to_consolidate(camkii: Tensor, bdnf: Tensor, slow_rate: float, bdnf_sc
     return (slow_rate * (1.0 + bdnf_scale * bdnf) * F.relu(2.0 * camkii - 1.0)).clamp(max=1.0)
 
 
+def lengths_of(down: Tensor, rows: Tensor, alive: int) -> Tensor:
+    """|W|_F of some of the first `alive` rows, fp32. Reading a few too many rows costs less than copying most."""
+    if 2 * len(rows) >= alive:
+        return torch.linalg.vector_norm(down[:alive], dim=(-2, -1), dtype=torch.float32)[rows]
+    return torch.linalg.vector_norm(down[rows], dim=(-2, -1), dtype=torch.float32)
+
+
 def what_follows(hidden_BSH: Tensor, mask_BS: Tensor | None, follows_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The postsynaptic direction of every token: the next token's input less the mean one of the pass, of length one.
+    """The mean input of a pass, and of which tokens something follows.
 
     Args:
         mask_BS: Bool, False for padding; None is no padding.
         follows_BS: Bool, whether the next token goes on with the text of this one; None is always.
 
     Returns:
-        after_TH: fp32, 0 where nothing follows.
-        known_T: Bool, whether something does.
+        mean_H: fp32.
+        known_T: Bool.
     """
     hidden = hidden_BSH.detach().float()
-    mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask_BS is None else mask_BS
-    mask = mask & hidden.isfinite().all(-1)
+    mask = hidden.isfinite().all(-1)
+    if mask_BS is not None:
+        mask = mask & mask_BS
     known = mask & F.pad(mask[:, 1:], (0, 1))
     if follows_BS is not None:
         known = known & follows_BS
-    known = known & (torch.arange(hidden.shape[1], device=hidden.device) < hidden.shape[1] - 1)
-    hidden = hidden.where(mask.unsqueeze(-1), torch.zeros_like(hidden))
-    centred = hidden - hidden.sum(dim=(0, 1)) / mask.sum().clamp_min(1)
-    after = F.normalize(F.pad(centred[:, 1:], (0, 0, 0, 1)), dim=-1) * known.unsqueeze(-1)
-    return after.reshape(-1, hidden.shape[-1]), known.reshape(-1)
+    mean = hidden.where(mask.unsqueeze(-1), torch.zeros_like(hidden[:1, :1])).sum(dim=(0, 1)) / mask.sum().clamp_min(1)
+    return mean, known.reshape(-1)
+
+
+def directions_after(hidden_TH: Tensor, place_N: Tensor, known_N: Tensor, mean_H: Tensor) -> Tensor:
+    """The postsynaptic direction of some tokens: the next token's input less the mean one, of length one, fp32 (N, H);
+    0 where nothing follows."""
+    next_NH = hidden_TH[(place_N + 1).clamp(max=len(hidden_TH) - 1)].float()
+    next_NH = next_NH.where(known_N.unsqueeze(-1), mean_H)
+    return F.normalize(next_NH - mean_H, dim=-1)
 
 
 @torch.no_grad()
@@ -208,26 +221,38 @@ def evidence_of(
 ) -> Evidence:
     """What some tokens say to the first `experts` rows of a slab; rows beyond them are pairs of others.
 
-    Computes the hidden units anew, one expert with tokens after the other, and waits for the device once to learn
-    which those are.
+    Computes the hidden units anew, and waits for the device once to learn how many pairs each expert has. What an
+    expert's weights take part in is done expert by expert, the rest for all pairs at once.
     """
     width, hidden_size = slab.intermediate_dim, slab.hidden_dim
     evidence = Evidence.none(experts, hidden_size, width, rank, hidden_NH.device)
+    rows_P = rows_NK.flatten()
+    rows_P, order_P = torch.where((rows_P >= 0) & (rows_P < experts), rows_P, experts).sort(stable=True)
+    counts_E = torch.bincount(rows_P, minlength=experts + 1)[:experts]
+    counts = counts_E.tolist()
+    order_P = order_P[: sum(counts)]
+    if not len(order_P):
+        return evidence
+    token_P = order_P // rows_NK.shape[1]
+    hits = [(row, count) for row, count in enumerate(counts) if count]
+    rows, sizes = [row for row, _ in hits], [count for _, count in hits]
     sense = sensors(rank, width, hidden_NH.device)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        for row in rows_NK.unique().tolist():
-            if not 0 <= row < experts:
-                continue
-            token, place = torch.where(rows_NK == row)
-            gate_up, down = slab.gate_up_proj[row], slab.down_proj[row]
-            gate, up = F.linear(hidden_NH[token].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
-            units_MI = torch.nan_to_num((slab.act_fn(gate) * up).float(), 0.0, 0.0, 0.0)
-            after_MH = after_NH[token]
-            unit_MI, back_MI = F.normalize(units_MI, dim=-1), F.normalize(after_MH @ down.float(), dim=-1)
-            evidence.count_E[row] = len(token)
-            evidence.activity_E[row] = (weights_NK[token, place].float() * units_MI.norm(dim=-1)).sum()
-            evidence.gain_EI[row] = width * (unit_MI * back_MI).sum(0)
-            evidence.trace_EHR[row] = after_MH.T @ (unit_MI @ sense.T)
+        hidden_PH, after_PH = hidden_NH[token_P].to(slab.gate_up_proj.dtype), after_NH[token_P]
+        after = after_PH.split(sizes)
+        gate_up = [F.linear(h, slab.gate_up_proj[row]) for row, h in zip(rows, hidden_PH.split(sizes), strict=True)]
+        gate, up = torch.cat(gate_up).chunk(2, dim=-1)
+        units_PI = torch.nan_to_num((slab.act_fn(gate) * up).float(), 0.0, 0.0, 0.0)
+        back = [x @ slab.down_proj[row].float() for row, x in zip(rows, after, strict=True)]
+        unit_PI = F.normalize(units_PI, dim=-1)
+        gain_PI = unit_PI * F.normalize(torch.cat(back), dim=-1)
+        activity_P = weights_NK.flatten()[order_P].float() * units_PI.norm(dim=-1)
+        parts = (part.split(sizes) for part in (gain_PI, activity_P, unit_PI @ sense.T))
+        for row, x, gains, activities, sensed in zip(rows, after, *parts, strict=True):
+            evidence.gain_EI[row] = width * gains.sum(0)
+            evidence.activity_E[row] = activities.sum()
+            evidence.trace_EHR[row] = x.T @ sensed
+    evidence.count_E += counts_E
     return evidence
 
 
@@ -308,7 +333,7 @@ class Postsynapse(KeepsDtype):
         training: bool,
     ) -> None:
         """Add one pass to the evidence: of a sample of its tokens and to trainable experts in training, else of all."""
-        after_TH, known_T = what_follows(hidden_BSH, mask_BS, follows_BS)
+        mean_H, known_T = what_follows(hidden_BSH, mask_BS, follows_BS)
         hidden_TH = hidden_BSH.detach().reshape(-1, hidden_BSH.shape[-1])
         if training:
             sample = spread(len(hidden_TH), self.settings.postsynaptic_tokens, known_T, hidden_TH.device)
@@ -316,7 +341,8 @@ class Postsynapse(KeepsDtype):
         else:
             place_N, known_N = torch.arange(len(hidden_TH), device=hidden_TH.device), known_T
         index_NK = index_TK[place_N].masked_fill(~known_N.unsqueeze(-1), -1)
-        hidden_NH, after_NH, weights_NK = hidden_TH[place_N], after_TH[place_N], weights_TK.detach()[place_N]
+        hidden_NH, weights_NK = hidden_TH[place_N], weights_TK.detach()[place_N]
+        after_NH = directions_after(hidden_TH, place_N, known_N, mean_H)
         for name, rows_NK, _ in pool.rows(index_NK, alive):
             if training and is_frozen(name):
                 continue
@@ -353,9 +379,8 @@ class Postsynapse(KeepsDtype):
             hit = torch.nonzero(part.count_E > 0)[:, 0]
             if not len(hit):
                 continue
-            table, down = self.table(name), pool.weights(name).down_proj
-            weight = down.detach()[hit]
-            length = torch.linalg.vector_norm(weight.float(), dim=(-2, -1)) * self.width(name) ** -0.5
+            table, down = self.table(name), pool.weights(name).down_proj.detach()
+            length = lengths_of(down, hit, len(part.count_E)) * self.width(name) ** -0.5
             drives = part.gain_EI[hit], part.trace_EHR[hit]
             gain, trace = fast_step(table.gain[hit], table.trace[hit], *drives, length, rates)
             if training:
@@ -376,8 +401,8 @@ class Postsynapse(KeepsDtype):
                 share = share_to_consolidate(camkii, bdnf, slow, scale)
                 moves = torch.nonzero(share > 0)[:, 0]
                 if g and len(moves):
-                    folded, gain[moves], trace[moves] = fold(weight[moves], gain[moves], trace[moves], share[moves], g)
-                    down[hit[moves]] = folded
+                    rows, fast = hit[moves], (gain[moves], trace[moves])
+                    down[rows], gain[moves], trace[moves] = fold(down[rows], *fast, share[moves], g)
             table.gain[hit], table.trace[hit] = gain, trace
         self.writes += 1
         self._is_blank = False

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,28 @@ GAIN_TIME = 64.0
 #: event may move it.
 FIRST_RELEASE = 1.4
 
+
+class Economy(NamedTuple):
+    """What one pass left of a router's edges, over the texts and full chunks of it, at the ends of these.
+
+    With E energy and D the docked vesicles of an edge, D0 those at rest:
+
+        energy spent    mean over texts, chunks and addresses of 1 - E
+        depletion       the same mean of max(1 - D / D0, 0)
+
+    The prototypes' loss of pools caps D + R + U; here that sum is constant, and what can run out is D.
+
+    Attributes:
+        sums: Sums of E and of depletion over texts and chunks, (2, A), without a gradient.
+        times: Texts times chunks, 0-dim; 0 where all texts are shorter than a chunk.
+        losses: The two means, (2,), with a gradient if the pass was asked for losses.
+    """
+
+    sums: Tensor
+    times: Tensor
+    losses: Tensor
+
+
 #: Finds the address of each clade and token: int64 (T, N), or None where address n is clade n's.
 Served = Callable[[View], Tensor | None]
 
@@ -70,6 +93,9 @@ class Passage:
         kept: What the cache kept of its tokens per living layer, (B, P, A + 1) each: drives, and what was released.
         states: The cache's states per living layer, (B, 7 A + 1).
         traces: Living layer -> what to keep of this pass's tokens (B, S, A + 1), and the states (B, 7 A + 1).
+        accounts: Whether somebody asks for economies.
+        has_losses: Whether their losses need a gradient.
+        economies: Living layer -> what this pass left of its edges.
     """
 
     texts: Texts
@@ -78,6 +104,9 @@ class Passage:
     kept: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     traces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    accounts: bool = False
+    has_losses: bool = False
+    economies: dict[int, Economy] = field(default_factory=dict)
 
     def take_up(self, kept: Tensor, states: Tensor | None, addresses: Sequence[int]) -> None:
         """Divide what the cache keeps (B, P, any), and its states (B, any), among layers with so many addresses.
@@ -227,13 +256,14 @@ class RouterSynapse(nn.Module):
         known = self._known(passage)
         forgets = 1.0 - math.exp(-length / GAIN_TIME)
         outputs, drives, states = [], [], [self._packed(state, running)] if record else []
+        left: list[PresynapticState] = []
         for number, logits_GcA in enumerate(logits_GJcA.unbind(1)):
             content = released_content(state, probability, rates)
             heard = torch.log(self.settings.epsilon + content / running.unsqueeze(-1))
             changed = logits_GcA + (self.strength.float() * heard).unsqueeze(1)
             outputs.append(changed)
             last = number + 1 == num_chunks
-            moves = not last or (record and texts.last_is_full)
+            moves = not last or ((record or passage.accounts) and texts.last_is_full)
             if not (moves or record):
                 break
             drive, released = self._drive(changed, content, columns, number)
@@ -247,6 +277,7 @@ class RouterSynapse(nn.Module):
             if moves:
                 state, probability = advance(state, sum_up(drive, weights), weights, rates, sample)
                 running = running + forgets * (released.mean(1) - running)
+                left.append(state)
                 if record:
                     states.append(self._packed(state, running))
         changed_TA = texts.gather(torch.stack(outputs, dim=1))
@@ -254,6 +285,8 @@ class RouterSynapse(nn.Module):
             changed_TA = torch.where(texts.real.reshape(-1, 1), changed_TA, logits_TA.float())
         if record:
             passage.traces[self.layer] = self._trace(texts, drives, states)
+        if passage.accounts:
+            passage.economies[self.layer] = self._economy(passage, left, rates)
         return changed_TA.to(logits_TA.dtype)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -291,6 +324,21 @@ class RouterSynapse(nn.Module):
             return kept, states[-1]
         assert texts.end_text is not None
         return kept, torch.stack(states)[texts.end_chunks.clamp(max=len(states) - 1), texts.end_text]
+
+    def _economy(self, passage: Passage, left: list[PresynapticState], rates: Rates) -> Economy:
+        """What is left at the ends of the first chunks; a text's part of a chunk has no end."""
+        resting = rest(rates).pools[:, :, 0]
+        if not left:
+            nothing = resting.new_zeros(2, resting.shape[1])
+            return Economy(nothing, nothing.sum(), nothing.sum(1))
+        energy_JGA = torch.stack([state.energy for state in left])
+        gone_JGA = torch.relu(1.0 - torch.stack([state.pools[..., 0] for state in left]) / resting)
+        full_JG = passage.texts.full_chunks(resting.device)[:, : len(left)].T.to(resting.dtype)
+        sums = torch.einsum("sjga,jg->sa", torch.stack([energy_JGA, gone_JGA]), full_JG)
+        count = full_JG.sum()
+        means = sums.mean(1) / count.clamp_min(1.0)
+        losses = torch.stack([(count > 0).to(means) - means[0], means[1]])
+        return Economy(sums.detach(), count, losses if passage.has_losses else losses.detach())
 
     # -- drive ---------------------------------------------------------------------------------------------------------
 
@@ -387,4 +435,4 @@ def binomial_release(seed: tuple[int, ...], share: float, shape: tuple[int, ...]
     return sample
 
 
-__all__ = ["Expression", "Passage", "RouterSynapse", "TombstoneExpression", "binomial_release"]
+__all__ = ["Economy", "Expression", "Passage", "RouterSynapse", "TombstoneExpression", "binomial_release"]

@@ -142,6 +142,19 @@ class Texts:
         index = self.past_of[:, : self.past_chunks]
         return kept[index.clamp(min=0)], (index >= 0).unsqueeze(-1)
 
+    def full_chunks(self, device: torch.device) -> Tensor:
+        """Which chunks of the grid have all their tokens, the cache's included: bool (G, J)."""
+        texts, chunks, length = self.grid
+        if self.plain:
+            return (torch.arange(1, chunks + 1, device=device) * length <= self.shape[1]).expand(texts, -1)
+        assert self.place is not None
+        there = torch.zeros(texts * chunks * length + 1, dtype=torch.bool, device=device)
+        there[self.place.flatten()] = True
+        there_GJc = there[:-1].view(texts, chunks, length)
+        if self.past_of is not None:
+            there_GJc = there_GJc | (self.past_of >= 0)
+        return there_GJc.all(2)
+
     def to(self, device: torch.device | str) -> Texts:
         """The same on another device."""
         moved = {

@@ -19,7 +19,7 @@ from living_moe.configuration.slabs import is_frozen, tier_of
 from living_moe.modeling_living_moe import LivingMoeForCausalLM, LivingMoePreTrainedModel
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.checkpoint import check_files, check_population
-from living_moe.modeling_living_moe.vitals import SHOWN
+from living_moe.modeling_living_moe.vitals import ECONOMY, SHOWN
 from living_moe.training.observatory.vitals_log import Array, Snapshot
 
 #: Parts of a tensor's name that mark the small tables read from disk.
@@ -133,7 +133,7 @@ def _measurements(block: LivingMoeBlock, forces: PlasticityConfig) -> dict[str, 
     alive = block.population.alive
     found = {
         name: torch.cat([getattr(block.vitals.table(slab), name)[:count] for slab, count in alive.items()])
-        for name in SHOWN
+        for name in (SHOWN if block.router.synapse is None else SHOWN + ECONOMY)
     }
     keys_ED = block.router.keys(alive).detach()
     if (memory := block.plasticity) is not None:

@@ -12,6 +12,7 @@ from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circ
 from living_moe.modeling_living_moe.lifecycle.policies.darwinian import propose_darwinian
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
 from living_moe.modeling_living_moe.lifecycle.policies.self_preservation import propose_self_preserving
+from living_moe.modeling_living_moe.lifecycle.policies.synaptic_health import propose_by_health
 
 #: Called for every living layer at each decision, on every rank alike; may advance the layer's hysteresis counters.
 Policy = Callable[[LivingMoeBlock, LifecycleConfig, Circumstances], list[Proposal]]
@@ -20,6 +21,7 @@ POLICIES: dict[str, Policy] = {
     "load": propose_by_load,
     "self_preservation": propose_self_preserving,
     "darwinian": propose_darwinian,
+    "synaptic_health": propose_by_health,
 }
 
 

@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from living_moe.configuration.errors import PopulationError
 from living_moe.configuration.sections import LifecycleConfig
 from living_moe.configuration.slabs import is_frozen, tier_of
 from living_moe.modeling_living_moe.block import LivingMoeBlock
-from living_moe.modeling_living_moe.lifecycle import operations
-from living_moe.modeling_living_moe.lifecycle.affinity import coactivation, displacement
+from living_moe.modeling_living_moe.lifecycle.affinity import coactivation
 from living_moe.modeling_living_moe.lifecycle.operations import Reason
 from living_moe.modeling_living_moe.lifecycle.planner import Proposal
 from living_moe.modeling_living_moe.lifecycle.policies.circumstances import Circumstances, lifetime
 from living_moe.modeling_living_moe.lifecycle.policies.load import propose_by_load
+from living_moe.modeling_living_moe.lifecycle.policies.merging import MergeWish, measured_merges
 from living_moe.modeling_living_moe.population import Member
 
 #: A preserver stays frozen at most this many times `lifecycle.preserve_steps`, at least a quarter of it.
@@ -57,7 +55,8 @@ def propose_self_preserving(block: LivingMoeBlock, config: LifecycleConfig, now:
     proposals = propose_by_load(block, config, now)
     proposals += _preserve(block, config, now)
     proposals += _thaw(block, now)
-    proposals += _merge(block, config, now)
+    wishes = itertools.islice(_wishes(block, config, now), TRIED_PAIRS)
+    proposals += measured_merges(block, wishes, config, now)
     return proposals
 
 
@@ -109,51 +108,12 @@ def _thaw(block: LivingMoeBlock, now: Circumstances) -> Iterator[Proposal]:
 # -- merges ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Wish:
+def _wish(members: tuple[Member, Member], force: str, value: float, threshold: float, tier_up: bool) -> MergeWish:
     """A merge that one of the forces asks for."""
-
-    members: tuple[Member, Member]
-    force: str
-    value: float
-    threshold: float
-    tier_up: bool
+    return MergeWish(members, force, value, threshold, MERGE_URGENCY * value / threshold, tier_up)
 
 
-def _merge(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> Iterator[Proposal]:
-    wishes = list(itertools.islice(_wishes(block, config, now), TRIED_PAIRS))
-    # The tokens themselves are gathered only where a merge is in sight, by every rank alike.
-    sample = now.sample(block) if wishes else None
-    if sample is None:
-        return
-    for wish in wishes:
-        uids = [member.uid for member in wish.members]
-        reason = Reason(wish.force, round(wish.value, 6), wish.threshold)
-        try:
-            draft, event = operations.merge(block, uids, now.around, reason, tier_up=wish.tier_up)
-        except PopulationError:
-            # A bound that the operation knows: no room, no tier, too few left.
-            continue
-        displaced = displacement(block, sample, draft, event.children[0], uids)
-        if displaced > config.death_load:
-            continue
-        slabs = [member.slab for member in wish.members]
-        added = block.experts.bytes_per_expert(draft.find(event.children[0])[0])
-        added -= sum(map(block.experts.bytes_per_expert, slabs))
-        yield Proposal(
-            "merge",
-            block.layer,
-            tuple(uids),
-            reason,
-            MERGE_URGENCY * wish.value / wish.threshold,
-            displaced=displaced,
-            added_bytes=added,
-            tier_up=wish.tier_up,
-            lifetime=max(lifetime(block, slab, config.lifetime_exponent) for slab in slabs),
-        )
-
-
-def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> Iterator[_Wish]:
+def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) -> Iterator[MergeWish]:
     choices_SK = now.choices(block)
     if choices_SK is None:
         return
@@ -170,14 +130,14 @@ def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) 
     for share, first, second in _coactive(choices_SK, members, free, config.merge_coactivation):
         room = tier_of(first.slab) < now.experts.max_tier
         if load[first.uid] < config.merge_load > load[second.uid]:
-            yield _Wish((first, second), "fragments", share, config.merge_coactivation, room)
+            yield _wish((first, second), "fragments", share, config.merge_coactivation, room)
         elif room and share >= config.gravity_coactivation:
-            yield _Wish((first, second), "tier gravity", share, config.gravity_coactivation, True)
+            yield _wish((first, second), "tier gravity", share, config.gravity_coactivation, True)
     if now.memory >= config.memory_pressure:
         free.sort(key=lambda member: (load[member.uid], member.uid))
         for first, second in itertools.combinations(free[: TRIED_PAIRS + 1], 2):
             if first.field == second.field and first.slab == second.slab:
-                yield _Wish((first, second), "memory", now.memory, config.memory_pressure, False)
+                yield _wish((first, second), "memory", now.memory, config.memory_pressure, False)
 
 
 def _coactive(

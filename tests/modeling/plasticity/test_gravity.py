@@ -257,7 +257,12 @@ def test_padding_moves_nothing(pull: str) -> None:
 
 
 def test_inputs_are_left_as_they_are() -> None:
-    for settings_ in ({}, {"alpha": 0.0, "beta": 0.0, "use_decay": False}, {"dark_energy": "repulsion"}):
+    for settings_ in (
+        {},
+        {"alpha": 0.0, "beta": 0.0, "use_decay": False},
+        {"dark_energy": "repulsion"},
+        {"contrast": 0.1},
+    ):
         now, piece = state(6, 8), evidence(6, 2, 20, 8, 0.2)
         tensors = (*now, piece.query_TD, piece.index_TK)
         copies = [tensor.clone() for tensor in tensors]
@@ -397,7 +402,8 @@ def two_rank_cases() -> list[tuple[State, list[list[Evidence]], PlasticityConfig
     for seed, (unused, lengths) in enumerate(
         [(0.3, ([7, 4], [9])), (0.0, ([], [8])), (0.0, ([8, 3], [])), (0, ([], []))]
     ):
-        for mode in ({}, {"usage": "ema", "pull": "direction", "dark_energy": "repulsion"}, {"use_inertia": False}):
+        modes = ({}, {"usage": "ema", "pull": "direction", "dark_energy": "repulsion"}, {"use_inertia": False})
+        for mode in (*modes, {"contrast": 0.2, "contrast_cosine": 0.0}):
             torch.manual_seed(seed)
             pieces = [[evidence(6, 3, length, 8, unused) for length in of_rank] for of_rank in lengths]
             cases.append((state(6, 8), pieces, PlasticityConfig(alpha=0.4, beta=0.2, decay_rate=0.1, **mode)))

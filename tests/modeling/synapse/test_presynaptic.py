@@ -265,25 +265,31 @@ def test_pools_are_conserved_and_states_bounded_whatever_the_parameters_and_the_
     assert torch.isfinite(contents).all() and (contents >= 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_states_stay_finite_and_bounded_for_a_hundred_thousand_steps(kind: str) -> None:
-    """Steps of one token and of many, of any expression."""
-    tokens, repeated = 20_000, 5
-    with torch.no_grad():
-        rates = presynapse(1.0, 3).rates(expression(3.0, 3), TURN)
-        wide = over(rates, 1)
-        weights, state = chunk_weights(rates, 1), rest(wide)
-        drive = any_drive(kind, tokens // 10, seed=5)
-        # A tenth of the steps are reference steps, which are slow; the chunks' matrices are powers of the same ones.
-        for number in range(tokens // 10):
-            state, _ = advance(state, sum_up(drive[:, number : number + 1], weights), weights, wide)
-        check_bounds(state, rates)
-        weights = chunk_weights(rates, 50)
-        drive = any_drive(kind, tokens, seed=6)
-        for _ in range(repeated):
-            for part in drive.split(50, dim=1):
-                state, _ = advance(state, sum_up(part, weights), weights, wide)
-            check_bounds(state, rates)
+def hostile_drives(tokens: int, seed: int) -> Tensor:
+    """All of `KINDS`, and drives that flip at every token and at random: (kinds, T, EDGES)."""
+    flips = (torch.arange(tokens) % 2.0)[None, :, None].expand(1, -1, EDGES)
+    coins = torch.rand(1, tokens, EDGES, generator=torch.Generator().manual_seed(seed)).round()
+    return torch.cat([*(any_drive(kind, tokens, seed) for kind in KINDS), flips, coins])
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_states_stay_finite_and_bounded_for_a_hundred_thousand_steps(chunk: int) -> None:
+    """Reference steps of a token each, and steps of fifty; all drives side by side, on edges of ordinary, extreme and
+    saturated expression, used at every token, at every eighth and nearly never."""
+    steps = 100_000 if chunk == 1 else 4_000
+    vectors = expression(3.0, 3)
+    vectors[1], vectors[2], vectors[3] = 30.0, -30.0, torch.tensor([30.0, -30.0]).repeat(len(MOLECULES) // 2)
+    with torch.inference_mode():
+        of_turn = [presynapse(1.0, 3).rates(vectors, turn) for turn in (1.0, TURN, 8192.0)]
+        wide = over(Rates(*map(torch.cat, zip(*of_turn, strict=True))), len(KINDS) + 2)
+        weights, state, block = chunk_weights(wide, chunk), rest(wide), 1000
+        weights = weights._replace(weights=weights.weights[:, :, 0], left=weights.left[:, :, 0])
+        for number in range(steps // block):
+            drive = hostile_drives(block * chunk, number).repeat(1, 1, 3)
+            for part in drive.split(chunk, dim=1):
+                state, probability = advance(state, sum_up(part, weights), weights, wide)
+            check_bounds(state, wide)
+            assert (probability >= 0).all() and (probability <= 1).all()
 
 
 @settings(max_examples=25)

@@ -18,6 +18,7 @@ from living_moe.configuration.errors import ConfigurationError, ConversionError,
 from living_moe.configuration.sections import SynapseConfig
 from living_moe.modeling_living_moe import router
 from living_moe.modeling_living_moe.population import Population
+from living_moe.modeling_living_moe.synapse.presynaptic import MOLECULES
 from living_moe.modeling_living_moe.synapse.router import Passage, RouterSynapse
 from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, read_texts
 from living_moe.training.optimizers import LivingAdamW
@@ -442,16 +443,36 @@ def test_a_newborn_inherits_expression_and_the_optimizers_memory_of_it() -> None
     optimizer.step()
 
 
-def test_a_merge_within_a_clade_averages_expression() -> None:
+@pytest.mark.parametrize(("loads", "share"), [((0.0, 0.0), 0.5), ((3.0, 1.0), 0.25), ((0.5, 1.5), 0.75)])
+def test_a_merge_within_a_clade_averages_expression_by_load(loads: tuple[float, float], share: float) -> None:
+    """As it averages keys: the merged expert has the newborn's `share` of the way, and nobody else changes a bit."""
     model = synaptic()
     newborn = model.split_expert(0, 3).children[0]
-    uids, vectors = model.expert_uids(0), model.living_blocks[0].router.synapse.expression["trainable"]
-    vectors.data[uids.index(newborn)] += 1.0
-    mean = (vectors[uids.index(newborn)] + vectors[uids.index(3)]).detach() / 2
+    block = model.living_blocks[0]
+    uids, vectors = model.expert_uids(0), block.router.synapse.expression["trainable"]
+    generator = torch.Generator().manual_seed(4)
+    vectors.data[uids.index(newborn)] = torch.randn(len(MOLECULES), generator=generator)
+    load = block.vitals.table("trainable").load
+    load[uids.index(3)], load[uids.index(newborn)] = loads
+    before = dict(zip(uids, vectors.detach().clone(), strict=False))
     model.merge_experts(0, [3, newborn])
-    vectors = model.living_blocks[0].router.synapse.expression["trainable"]
-    torch.testing.assert_close(vectors[model.expert_uids(0).index(3)].detach(), mean, atol=0.51, rtol=0)
-    assert not torch.equal(vectors[model.expert_uids(0).index(3)].detach(), mean - 0.5)
+    after = dict(zip(model.expert_uids(0), block.router.synapse.expression["trainable"].detach(), strict=False))
+    assert after.keys() == before.keys() - {newborn}
+    torch.testing.assert_close(after[3], torch.lerp(before[3], before[newborn], share), atol=1e-6, rtol=1e-6)
+    assert (before[3] - before[newborn]).abs().min() > 1e-3
+    assert all(torch.equal(vector, before[uid]) for uid, vector in after.items() if uid != 3)
+
+
+def test_a_merge_across_clades_leaves_each_address_its_expression() -> None:
+    """The survivor keeps its own; the other's address stays, as a tombstone, with its own."""
+    model = synaptic()
+    block = model.living_blocks[0]
+    uids, vectors = model.expert_uids(0), block.router.synapse.expression["trainable"].detach().clone()
+    assert not torch.equal(vectors[2], vectors[5])
+    model.merge_experts(0, [2, 5])
+    after = block.router.synapse.expression["trainable"].detach()
+    assert torch.equal(after[model.expert_uids(0).index(2)], vectors[uids.index(2)])
+    assert torch.equal(block.router.synapse.tombstones.expression, vectors[uids.index(5)][None])
 
 
 def test_an_address_keeps_its_expression_when_its_expert_dies() -> None:
