@@ -66,15 +66,15 @@ def backbone(experts: int) -> Qwen3MoeConfig:
     )  # fmt: skip
 
 
-def train(model: PreTrainedModel, blocks: torch.Tensor, steps: int, seed: int) -> tuple[list[StepRecord], float]:
+def train(
+    model: PreTrainedModel, blocks: torch.Tensor, steps: int, seed: int, rate: float
+) -> tuple[list[StepRecord], float]:
     """Records of all steps, and CPU seconds."""
     if isinstance(model, LivingMoeForCausalLM):
-        optimizer: torch.optim.Optimizer = LivingAdamW(model, lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer: torch.optim.Optimizer = LivingAdamW(model, lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     else:
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=True
-        )
-    scheduler = OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    scheduler = OneCycleLR(optimizer, max_lr=rate, total_steps=steps + 1, pct_start=0.1)
     records: list[StepRecord] = []
     hooks = [lambda trainer, record: records.append(record)]
     data = BlockLoader(blocks, BATCH, seed=seed)
@@ -97,7 +97,7 @@ def monolith(cell: Cell) -> Result:
         model: PreTrainedModel = LivingMoeForCausalLM(config)
     else:
         model = Qwen3MoeForCausalLM(backbone(most if cell["arm"] == "static" else 1))
-    _, seconds = train(model, domain.train, cell["steps"], cell["seed"])
+    _, seconds = train(model, domain.train, cell["steps"], cell["seed"], cell["learning_rate"])
     result = {"loss": evaluate_blocks(model, domain.held_out, batch_size=BATCH).loss, "cpu": seconds}
     result["parameters"] = float(sum(p.numel() for p in model.parameters()))
     if isinstance(model, LivingMoeForCausalLM):
@@ -143,7 +143,7 @@ def stationary(cell: Cell) -> Result:
     torch.manual_seed(cell["seed"])
     lifecycle = {"seed": cell["seed"]}
     model = LivingMoeForCausalLM(LivingMoeConfig.from_backbone(config, preset="microexperts", lifecycle=lifecycle))
-    records, seconds = train(model, domain.train, cell["steps"], cell["seed"])
+    records, seconds = train(model, domain.train, cell["steps"], cell["seed"], LEARNING_RATE)
     events = list(iter_events(list(model.lineage)))
     middle = cell["steps"] / 2
     late = [event for event in events if event.step > middle]
@@ -212,7 +212,8 @@ def main() -> None:
     parser.add_argument("experiments", nargs="+", choices=("monolith", "stationary"))
     parser.add_argument("--text", help="text file; default: Python's documentation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="monolith: optimizer steps of 16 x 128 tokens")
+    parser.add_argument("--steps", type=int, default=1500, help="monolith: optimizer steps of 16 x 128 tokens")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="monolith: the highest")
     parser.add_argument("--long", type=int, default=1500, help="stationary: optimizer steps")
     parser.add_argument("--experts", type=int, default=8, help="monolith: experts per layer at most")
     parser.add_argument("--workers", type=int, default=2)
@@ -222,7 +223,7 @@ def main() -> None:
     for experiment in options.experiments:
         common: dict[str, Any] = {"experiment": experiment, "text": options.text}
         if experiment == "monolith":
-            own = {"steps": options.steps, "experts": options.experts}
+            own = {"steps": options.steps, "experts": options.experts, "learning_rate": options.learning_rate}
             cells = [{**common, **own, "arm": arm, "seed": seed} for seed in options.seeds for arm in MONOLITH]
             rows = run_cells(cells, monolith, RESULTS / "growth.jsonl", workers=options.workers)
             table = monolith_table(rows)

@@ -52,7 +52,7 @@ from living_moe.training.malloc import tune_malloc
 RESULTS = Path(__file__).parent / "results"
 SYMBOLS, CONTEXT, WIDTH, EXPERTS, TOP_K, MOST = 32, 8, 64, 8, 2, 64
 TRAJECTORIES, STREAM, HELD_OUT = 32, 100_000, 2_000
-LEARNING_RATE, BALANCE = 3e-3, 0.01
+LEARNING_RATE, BALANCE, TEXT_RATE = 3e-3, 0.01, 2e-3
 #: Map steps that an optimizer step reads.
 PROFILES = {"small": 20, "full": 1}
 
@@ -218,7 +218,7 @@ def on_text(cell: Cell) -> Result:
     torch.manual_seed(cell["seed"])
     model = text_model(cell)
     started = time.perf_counter()
-    records, _ = train(model, domain.train, cell["steps"], cell["seed"])
+    records, _ = train(model, domain.train, cell["steps"], cell["seed"], TEXT_RATE)
     seconds = time.perf_counter() - started
     living = isinstance(model, LivingMoeForCausalLM)
     kinds = [event.kind for event in model.lineage] if living else []

@@ -12,7 +12,7 @@ from tests.factories import FAMILIES, source_config, token_ids
 #: Zero by design: biases, the half of a low-rank delta that makes it change nothing at first, the strength of synapses,
 #: and what is learned as the logarithm of a share of its first value (temperature, rates of synapses).
 ZERO_AT_FIRST = re.compile(
-    r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$|\.synapse\.(strength|presynapse\.scalars|expression\.\w+)$"
+    r"\.bias$|_delta\.up\.\d+$|\.learned_temperature\.log_ratio$|\.synapse\.(strength|presynapse\.scalars|expression(\.\w+)?)$"
 )
 
 
