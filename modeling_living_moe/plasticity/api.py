@@ -92,8 +92,15 @@ class PlasticityMixin:
         for layers in plastic.values():
             before = [memory.read(block.router.keys, block.population) for block, memory in layers]
             after = consolidate(before, [memory.take_evidence() for _, memory in layers], forces)
-            for (block, memory), moved in zip(layers, after, strict=True):
-                memory.write(moved, block.router.keys, block.population)
+            pairs = [
+                pair
+                for (block, memory), moved in zip(layers, after, strict=True)
+                for pair in memory.pairs(moved, block.router.keys, block.population)
+            ]
+            with torch.no_grad():
+                # One call for all layers.
+                torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+                torch._foreach_add_([memory.consolidations for _, memory in layers], 1)
 
     def forget_evidence(self) -> None:
         """Drop what was read since the last consolidation."""

@@ -3,7 +3,7 @@
 From the self-organizing mixture of experts (SOME): a query pulls the keys of the experts it reached, experts that
 served one token pull each other, both the less the more an expert has been used (its mass), and dark energy keeps the
 keys from falling into one point. Pure functions of tensors; no gradients, no modules, no state, and on a single device
-no host sync. Keys are computed in fp32, what multiplies up over many hits in fp64.
+no host sync. Keys are computed in fp32, logarithms of what hits leave too, and added up over many hits in fp64.
 
 A hit is an expert serving a token. Each is an affine map of the key, so the hits of a step compose in closed form: a
 hit weighs its own share times what later hits leave of it, a suffix product, which is a sum of logarithms over the
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, groupby
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +105,14 @@ class Hits:
         return self.bounds.diff()
 
     def sums(self, values_P: Tensor) -> Tensor:
-        """Per place, (S,)."""
-        return F.pad(values_P.cumsum(0), (1, 0)).index_select(0, self.bounds).diff()
+        """Per place, fp64 (S,)."""
+        return F.pad(values_P.cumsum(0, dtype=torch.float64), (1, 0)).index_select(0, self.bounds).diff()
 
     def sums_and_later(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Per place (S,), and for each pair over the later pairs of its place (P,)."""
-        until_P = values_P.cumsum(0)
+        """Per place, fp64 (S,), and for each pair over the later pairs of its place, fp32 (P,)."""
+        until_P = values_P.cumsum(0, dtype=torch.float64)
         ends_S = F.pad(until_P, (1, 0)).index_select(0, self.bounds)
-        return ends_S.diff(), ends_S[1:].index_select(0, self.place_P) - until_P
+        return ends_S.diff(), (ends_S[1:].index_select(0, self.place_P) - until_P).float()
 
     def weighted(self, vectors: Sequence[Tensor], weight_P: Tensor) -> Tensor:
         """Per place the weighted sum of its tokens' vectors, (S, D); zero for what does not count.
@@ -201,19 +201,26 @@ def consolidate(
         moved_SD = keys_SD + pull(keys_SD, queries, indices, hits, mass_P, config)
     new_S = torch.stack(counts).sum(dim=0)
     together = companies(layers, indices) if config.contrast else [None] * len(layers)
-    result = []
-    for layer, span, together_EE in zip(layers, hits.layers, together, strict=True):
-        mine = slice(span.place, span.place + span.experts)
-        keys_ED, new_E = moved_SD[mine], new_S[mine]
-        load_E = update_load(layer.load_E, new_E, config)
+    result: list[LayerKeys] = []
+    # Layers of one size that follow each other go together: N of them.
+    for experts, group in groupby(zip(layers, hits.layers, together, strict=True), lambda part: part[1].experts):
+        some, spans, companies_NEE = zip(*group, strict=True)
+        mine = slice(spans[0].place, spans[-1].place + experts + 1)
+        keys_NED = moved_SD[mine].unflatten(0, (-1, experts + 1))[:, :experts]
+        new_NE = new_S[mine].unflatten(0, (-1, experts + 1))[:, :experts]
+        load_NE = update_load(torch.stack([layer.load_E for layer in some]), new_NE, config)
         if config.use_decay:
-            keys_ED = dark_energy(keys_ED, layer.start_ED, load_E, layer.uid_E, config)
-        if together_EE is not None:
-            own_ED = unit_directions(layer.uid_E, keys_ED.shape[1])
-            keys_ED = push_apart(keys_ED, own_ED, together_EE, config.contrast, config.contrast_cosine)
-        result.append(
-            replace(layer, keys_ED=keys_ED.to(layer.keys_ED.dtype), hits_E=layer.hits_E + new_E, load_E=load_E)
-        )
+            start_NED = torch.stack([layer.start_ED for layer in some]).float()
+            uid_NE = torch.stack([layer.uid_E for layer in some])
+            keys_NED = dark_energy(keys_NED, start_NED, load_NE, uid_NE, config)
+        hits_NE = torch.stack([layer.hits_E for layer in some]) + new_NE
+        for layer, keys_ED, hits_E, load_E, together_EE in zip(
+            some, keys_NED, hits_NE, load_NE, companies_NEE, strict=True
+        ):
+            if together_EE is not None:
+                own_ED = unit_directions(layer.uid_E, keys_ED.shape[1])
+                keys_ED = push_apart(keys_ED, own_ED, together_EE, config.contrast, config.contrast_cosine)
+            result.append(replace(layer, keys_ED=keys_ED.to(layer.keys_ED.dtype), hits_E=hits_E, load_E=load_E))
     return result
 
 
@@ -286,18 +293,18 @@ def stable_order(values_N: Tensor, bound: int) -> Tensor:
 
 
 def mass(hits: Hits, earlier_S: Tensor, load_S: Tensor, config: PlasticityConfig) -> Tensor:
-    """One more than the usage of its expert before each pair, fp64 (P,).
+    """One more than the usage of its expert before each pair, fp32 (P,).
 
     Args:
         earlier_S: Hits before those of this rank.
     """
     if not config.use_inertia:
-        return torch.ones_like(hits.place_P, dtype=torch.float64)
+        return torch.ones_like(hits.place_P, dtype=torch.float32)
     if config.usage == "ema":
-        return (1 + load_S.double()).index_select(0, hits.place_P)
+        return (1 + load_S).index_select(0, hits.place_P)
     first_S = 1 + earlier_S - hits.bounds[:-1]
     rank_P = torch.arange(len(hits.place_P), device=first_S.device)
-    return (first_S.index_select(0, hits.place_P) + rank_P).double()
+    return (first_S.index_select(0, hits.place_P) + rank_P).float()
 
 
 def pull(
@@ -340,14 +347,18 @@ def pull(
     return sum_over_ranks(pulled_SD).addcmul_(keys_SD, lost_S.float().unsqueeze(1), value=-1)
 
 
-def update_load(load_E: Tensor, new_E: Tensor, config: PlasticityConfig) -> Tensor:
-    """The moving average of hits as multiples of the uniform share; a step without any hit changes nothing."""
-    total = new_E.sum()
-    share_E = new_E * (len(new_E) / total.clamp(min=1))
-    return load_E.lerp(share_E, (1 - config.usage_decay) * (total > 0))
+def update_load(load_NE: Tensor, new_NE: Tensor, config: PlasticityConfig) -> Tensor:
+    """The moving average of hits as multiples of the uniform share; a step without any hit in a layer changes nothing
+    there.
+    """
+    total_N1 = new_NE.sum(dim=1, keepdim=True)
+    share_NE = new_NE * (new_NE.shape[1] / total_N1.clamp(min=1))
+    return load_NE.lerp(share_NE, (1 - config.usage_decay) * (total_N1 > 0))
 
 
-def dark_energy(keys_ED: Tensor, start_ED: Tensor, load_E: Tensor, uid_E: Tensor, config: PlasticityConfig) -> Tensor:
+def dark_energy(
+    keys_NED: Tensor, start_NED: Tensor, load_NE: Tensor, uid_NE: Tensor, config: PlasticityConfig
+) -> Tensor:
     """Keys after the force that counters the pulls; all move at once.
 
     Decay to the start restores what is not used. Decay to the origin restores nothing: forgotten keys meet there.
@@ -356,22 +367,25 @@ def dark_energy(keys_ED: Tensor, start_ED: Tensor, load_E: Tensor, uid_E: Tensor
     count (cosine similarity, keys of unit length).
     """
     if config.dark_energy == "repulsion":
-        return repel(keys_ED, uid_E, config.repulsion)
-    target_ED = start_ED.float() if config.decay_target == "start" else torch.zeros_like(keys_ED)
-    return keys_ED.lerp(target_ED, config.decay_rate * (load_E < config.forgetting_threshold).unsqueeze(1))
+        return repel(keys_NED, uid_NE, config.repulsion)
+    target_NED = start_NED if config.decay_target == "start" else torch.zeros_like(keys_NED)
+    return keys_NED.lerp(target_NED, config.decay_rate * (load_NE < config.forgetting_threshold).unsqueeze(2))
 
 
-def repel(keys_ED: Tensor, uid_E: Tensor, length: float) -> Tensor:
-    """A step of `length` away from the centroid of all other keys; a key that is there has a direction of its own."""
-    num_experts, width = keys_ED.shape
+def repel(keys_NED: Tensor, uid_NE: Tensor, length: float) -> Tensor:
+    """A step of `length` away from the centroid of all other keys of the layer; a key that is there has a direction of
+    its own.
+    """
+    _, num_experts, width = keys_NED.shape
     if num_experts == 1:
-        return keys_ED
+        return keys_NED
     # In fp64 the sum of equal fp32 keys is exact, so that coincident keys are told from those that are only near.
-    keys = keys_ED.double()
-    away_ED = num_experts * keys - keys.sum(dim=0)
-    length_E1 = torch.linalg.vector_norm(away_ED, dim=1, keepdim=True)
-    away_ED = away_ED / torch.where(length_E1 > 0, length_E1, 1.0)
-    return keys_ED + length * torch.where(length_E1 > 0, away_ED.float(), unit_directions(uid_E, width))
+    keys = keys_NED.double()
+    away_NED = num_experts * keys - keys.sum(dim=1, keepdim=True)
+    length_NE1 = torch.linalg.vector_norm(away_NED, dim=2, keepdim=True)
+    away_NED = away_NED / torch.where(length_NE1 > 0, length_NE1, 1.0)
+    own_NED = unit_directions(uid_NE.flatten(), width).view_as(keys_NED)
+    return keys_NED + length * torch.where(length_NE1 > 0, away_NED.float(), own_NED)
 
 
 def unit_directions(uid_E: Tensor, width: int) -> Tensor:

@@ -124,15 +124,15 @@ class KeyPlasticity(KeepsDtype):
         return parts[0] if len(parts) == 1 else LayerKeys.cat(parts)
 
     @torch.no_grad()
-    def write(self, moved: LayerKeys, keys: nn.ParameterDict, population: Population) -> None:
-        """Put a consolidation's result in place."""
-        first = 0
+    def pairs(self, moved: LayerKeys, keys: nn.ParameterDict, population: Population) -> list[tuple[Tensor, Tensor]]:
+        """What a consolidation's result is to be copied to, and from where."""
+        found, first = [], 0
         for slab, count in population.alive.items():
             mine, table = slice(first, first + count), self.table(slab)
-            keys[slab][:count] = moved.keys_ED[mine]
-            table.hits[:count], table.use[:count] = moved.hits_E[mine], moved.load_E[mine]
+            new = (moved.keys_ED[mine], moved.hits_E[mine], moved.load_E[mine])
+            found += [(old[:count], part) for old, part in zip((keys[slab], table.hits, table.use), new, strict=True)]
             first += count
-        self.consolidations += 1
+        return found
 
     @torch.no_grad()
     def reset(self, keys: nn.ParameterDict, population: Population) -> None:
