@@ -196,6 +196,7 @@ class LivingMoeBlock(nn.Module):
         )
         if choices is not None:
             context.choices[self.layer] = choices
+        full = not self.router.selection.leaves_places_unused
         observed = context.observe and self.training and not in_backward()
         if observed:
             self._observe(hidden_TH, weights_TK, index_TK, field_T, context)
@@ -205,12 +206,10 @@ class LivingMoeBlock(nn.Module):
         if context.plastic and self.plasticity is not None and not in_backward():
             with torch.no_grad():
                 query_TD = self.router.queries(hidden_TH)
-            self.plasticity.observe(query_TD, index_TK, token_mask(context, hidden_TH))
+            self.plasticity.observe(query_TD, index_TK, token_mask(context, hidden_TH), full=full)
         if context.learns and self.postsynaptic is not None and not in_backward():
             self._learn(hidden_states, index_TK, weights_TK, context)
-        output_TH = self.experts(
-            hidden_TH, index_TK, weights_TK, self.population.alive, full=not self.router.selection.leaves_places_unused
-        )
+        output_TH = self.experts(hidden_TH, index_TK, weights_TK, self.population.alive, full=full)
         if observed and context.sample is not None:
             # After the pass itself: autocast would keep weights that were cast first without a gradient.
             self._measure(hidden_TH, weights_TK, index_TK, context.sample)

@@ -42,10 +42,12 @@ class Evidence:
         query_TD: Queries in hit order, any float dtype.
         index_TK: int64, the experts of each token, in slot order and all different; -1 marks a pair that does not count
             (padding, a place that was not used). The query of a token without a pair that counts may be anything.
+        full: Whether every pair is known to count, which saves looking.
     """
 
     query_TD: Tensor
     index_TK: Tensor
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,17 @@ class Hits:
         token_P: The token of each pair.
         place_P: Its expert's place, or the last of its layer if it does not count.
         bounds: (S + 1,), where the pairs of each place begin, then their number.
-        peers_P: How many other experts served the token.
+        peers_P: How many other experts served the token; one number if all pairs count.
         layers: Where the part of each layer lies.
+        full: Whether all pairs count.
     """
 
     token_P: Tensor
     place_P: Tensor
     bounds: Tensor
-    peers_P: Tensor
+    peers_P: Tensor | int
     layers: list[LayerSpan]
+    full: bool
 
     @property
     def count_S(self) -> Tensor:
@@ -134,13 +138,14 @@ class Hits:
             sums.append(bags)
         return torch.cat(sums)
 
-    def weighted_company(self, keys_SD: Tensor, indices: Sequence[Tensor], weight_P: Tensor) -> Tensor:
+    def weighted_company(self, keys_SD: Tensor, indices: list[Tensor], weight_P: Tensor) -> Tensor:
         """Per place the weighted sum, over its tokens, of the sum of all the token's keys, (S, D)."""
         keys = [keys_SD[span.place : span.place + span.experts + 1] for span in self.layers]
-        indices = [
-            torch.where(index_TK >= 0, index_TK, span.experts)
-            for span, index_TK in zip(self.layers, indices, strict=True)
-        ]
+        if not self.full:
+            indices = [
+                torch.where(index_TK >= 0, index_TK, span.experts)
+                for span, index_TK in zip(self.layers, indices, strict=True)
+            ]
         width = max(len(keys_ED) for keys_ED in keys)
         if width > keys_SD.shape[1]:
             company = [F.embedding_bag(*pair, mode="sum") for pair in zip(indices, keys, strict=True)]
@@ -191,8 +196,8 @@ def consolidate(
         The layers with new keys in their dtype, new hits, new load. The arguments are left as they are.
     """
     keys_SD = in_places([layer.keys_ED.float() for layer in layers])
-    queries, indices = join(layers, evidence)
-    hits = sort_pairs(indices, [len(layer.keys_ED) for layer in layers])
+    queries, indices, full = join(layers, evidence)
+    hits = sort_pairs(indices, [len(layer.keys_ED) for layer in layers], full)
     counts = gather_tensors(hits.count_S)
     moved_SD = keys_SD
     if alpha_of(config) or beta_of(config):
@@ -246,9 +251,14 @@ def in_places(columns: Sequence[Tensor]) -> Tensor:
     return torch.cat([part for column in columns for part in (column, nothing)])
 
 
-def join(layers: Sequence[LayerKeys], evidence: Sequence[Sequence[Evidence]]) -> tuple[list[Tensor], list[Tensor]]:
-    """For each layer all its queries (T, D), fp32, and indices (T, K), K the largest of any layer."""
+def join(
+    layers: Sequence[LayerKeys], evidence: Sequence[Sequence[Evidence]]
+) -> tuple[list[Tensor], list[Tensor], bool]:
+    """For each layer all its queries (T, D), fp32, and indices (T, K), K the largest of any layer; and whether every
+    pair is known to count.
+    """
     top_k = max((piece.index_TK.shape[1] for pieces in evidence for piece in pieces), default=1)
+    full = all(piece.full and piece.index_TK.shape[1] == top_k for pieces in evidence for piece in pieces)
     queries, indices = [], []
     for layer, pieces in zip(layers, evidence, strict=True):
         width, device = layer.keys_ED.shape[1], layer.keys_ED.device
@@ -258,11 +268,11 @@ def join(layers: Sequence[LayerKeys], evidence: Sequence[Sequence[Evidence]]) ->
             index_TK = [F.pad(part, (0, top_k - part.shape[1]), value=-1) for part in index_TK]
         queries.append(query_TD[0] if len(query_TD) == 1 else torch.cat(query_TD))
         indices.append(index_TK[0] if len(index_TK) == 1 else torch.cat(index_TK))
-    return queries, indices
+    return queries, indices, full
 
 
-def sort_pairs(indices: list[Tensor], num_experts: Sequence[int]) -> Hits:
-    """The pairs of all layers. `indices`: (T, K) of each layer, the same K in all."""
+def sort_pairs(indices: list[Tensor], num_experts: Sequence[int], full: bool) -> Hits:
+    """The pairs of all layers. `indices`: (T, K) of each layer, the same K in all; `full`: no index is negative."""
     places = list(accumulate((experts + 1 for experts in num_experts), initial=0))
     tokens = list(accumulate((len(index_TK) for index_TK in indices), initial=0))
     pairs = list(accumulate((index_TK.numel() for index_TK in indices), initial=0))
@@ -272,16 +282,22 @@ def sort_pairs(indices: list[Tensor], num_experts: Sequence[int]) -> Hits:
     ]
     unsorted_P = torch.cat(
         [
-            torch.where(index_TK >= 0, index_TK + span.place, span.place + span.experts).flatten()
+            (
+                index_TK + span.place if full else torch.where(index_TK >= 0, index_TK, span.experts) + span.place
+            ).flatten()
             for span, index_TK in zip(layers, indices, strict=True)
         ]
     )
     order_P = stable_order(unsorted_P, places[-1])
     place_P = unsorted_P.index_select(0, order_P)
-    token_P = order_P.div(indices[0].shape[1], rounding_mode="floor")
-    peers_T = ((torch.cat(indices) >= 0).sum(dim=1) - 1).clamp(min=0)
+    top_k = indices[0].shape[1]
+    token_P = order_P.div(top_k, rounding_mode="floor")
+    peers_P: Tensor | int = top_k - 1
+    if not full:
+        peers_T = ((torch.cat(indices) >= 0).sum(dim=1) - 1).clamp(min=0)
+        peers_P = peers_T.index_select(0, token_P)
     bounds = torch.searchsorted(place_P, torch.arange(places[-1] + 1, device=place_P.device))
-    return Hits(token_P, place_P, bounds, peers_T.index_select(0, token_P), layers)
+    return Hits(token_P, place_P, bounds, peers_P, layers, full)
 
 
 def stable_order(values_N: Tensor, bound: int) -> Tensor:
@@ -339,7 +355,8 @@ def pull(
             scale_S = scale_S * torch.linalg.vector_norm(keys_SD, dim=1)
         pulled_SD = hits.weighted(queries, weight_P).mul_(scale_S.float().unsqueeze(1))
     if beta_of(config):
-        weight_P = -torch.expm1(peer_left_P) * peer_later_P.exp() / hits.peers_P.clamp(min=1)
+        sharing = max(1, hits.peers_P) if isinstance(hits.peers_P, int) else hits.peers_P.clamp(min=1)
+        weight_P = -torch.expm1(peer_left_P) * peer_later_P.exp() / sharing
         pulled_SD.addcmul_(hits.weighted_company(keys_SD, indices, weight_P), peer_S.float().unsqueeze(1))
         # The peers of a token's expert are all the token's experts without that one.
         held_S = hits.sums(weight_P) * peer_S

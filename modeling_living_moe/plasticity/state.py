@@ -80,8 +80,12 @@ class KeyPlasticity(KeepsDtype):
             self._has_started = bool(self.consolidations > 0)
         return self._has_started
 
-    def observe(self, query_TD: Tensor, index_TK: Tensor, token_mask_T: Tensor | None) -> None:
-        """Remember one forward until the next consolidation. Padding moves nothing."""
+    def observe(self, query_TD: Tensor, index_TK: Tensor, token_mask_T: Tensor | None, *, full: bool = False) -> None:
+        """Remember one forward until the next consolidation. Padding moves nothing.
+
+        Args:
+            full: Whether every place is used; unused ones have a negative index.
+        """
         if len(self.evidence) >= MOST_EVIDENCE:
             raise PopulationError(
                 f"{MOST_EVIDENCE} forward passes wait for their keys to consolidate; call model.lifecycle_step() (or "
@@ -90,7 +94,7 @@ class KeyPlasticity(KeepsDtype):
         index_TK = index_TK.detach()
         if token_mask_T is not None:
             index_TK = index_TK.masked_fill(~token_mask_T.unsqueeze(-1), -1)
-        self.evidence.append(Evidence(query_TD.detach(), index_TK))
+        self.evidence.append(Evidence(query_TD.detach(), index_TK, full and token_mask_T is None))
 
     def follow(self, new_index: Sequence[int]) -> None:
         """Carry waiting evidence over to a new slot order: old index -> new index, -1 for the dead."""

@@ -59,7 +59,8 @@ def state(num_experts: int, width: int, hits: int = 0) -> State:
 def evidence(num_experts: int, top_k: int, tokens: int, width: int, unused: float = 0.0) -> Evidence:
     """Different experts per token; a share `unused` of the places does not count."""
     index_TK = torch.rand(tokens, num_experts).argsort(dim=1)[:, :top_k]
-    return Evidence(torch.randn(tokens, width), index_TK.masked_fill(torch.rand(tokens, top_k) < unused, -1))
+    index_TK = index_TK.masked_fill(torch.rand(tokens, top_k) < unused, -1)
+    return Evidence(torch.randn(tokens, width), index_TK, full=not unused)
 
 
 def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], scale: float) -> None:
