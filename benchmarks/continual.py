@@ -402,7 +402,9 @@ class OneExpert(Learner):
         if position not in self.rows:
             self.rows[position] = self.add_expert(blocks[: self.batch])
         rows = self.rows[position]
-        parameters = [parameter.requires_grad_() for parameter in self.row_parameters()]
+        parameters = self.row_parameters()
+        for parameter in parameters:
+            parameter.requires_grad_()
         handles = [parameter.register_hook(partial(only_row, rows)) for parameter in parameters]
         # A row without gradient stays what it is, bit for bit, unless it decays.
         train(self.model, adamw(parameters, self.lr, weight_decay=0.0), blocks, self.lr, self.batch)
@@ -463,12 +465,13 @@ class Living(Learner):
         super().__init__(task, base)
         self.lr = task.sizes.living_lr
         lifecycle = {**task.sizes.lifecycle, "seed": task.seed, **sections.get("lifecycle", {})}
+        overrides: dict[str, Any] = {**sections, "lifecycle": lifecycle}
         torch.manual_seed(task.seed)
         self.living = convert(
             base,
             preset="frozen-graft",
             calibration=task.domains[0].train,
-            **{**sections, "lifecycle": lifecycle},
+            **overrides,
         )
         self.model = self.living
         self.optimizer: LivingAdamW | None = None
@@ -552,9 +555,10 @@ def mixed_documents(learner: Learner, task: Task) -> tuple[float, float]:
 @torch.no_grad()
 def chosen_experts(model: nn.Module, blocks: Tensor) -> list[Tensor]:
     """Per layer the experts of each token, (tokens, K), ascending: uids of a living model, rows of another."""
-    living = isinstance(model, LivingMoeForCausalLM)
-    if living:
-        routers = [block.router for block in model.living_blocks]
+    living = model if isinstance(model, LivingMoeForCausalLM) else None
+    routers: list[nn.Module]
+    if living is not None:
+        routers = [block.router for block in living.living_blocks]
     else:
         routers = [module for module in model.modules() if isinstance(module, MixtralTopKRouter)]
     kept: list[list[Tensor]] = [[] for _ in routers]
@@ -569,8 +573,8 @@ def chosen_experts(model: nn.Module, blocks: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     chosen = [torch.cat(rows) for rows in kept]
-    if living:
-        chosen = [torch.tensor(model.expert_uids(layer))[index] for layer, index in enumerate(chosen)]
+    if living is not None:
+        chosen = [torch.tensor(living.expert_uids(layer))[index] for layer, index in enumerate(chosen)]
     return [index.sort(dim=-1).values for index in chosen]
 
 

@@ -57,7 +57,7 @@ def text(file: str | None) -> Domain:
 
 def backbone(experts: int) -> Qwen3MoeConfig:
     """Switch-like: one expert per token, its output times its probability."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=VOCABULARY, hidden_size=HIDDEN, moe_intermediate_size=WIDTH, intermediate_size=WIDTH,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4, head_dim=HIDDEN // 4,
         num_experts=experts, num_experts_per_tok=1, norm_topk_prob=False, max_position_embeddings=BLOCK,

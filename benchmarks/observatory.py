@@ -54,9 +54,9 @@ def sizes(directory: Path, experts: int, share: float) -> None:
     for name, size in files.items():
         print(f"  {name:<16}{size / 1e6:8.1f} MB")
     print(f"  {'all records':<16}{sum(files.values()) / 1e6:8.1f} MB   (written in {written:.0f} s)")
-    size = path.stat().st_size / 1e6
+    megabytes = path.stat().st_size / 1e6
     print(
-        f"  read in {read:.1f} s; read, and a page of {size:.1f} MB built, in {built:.1f} s ({cpu:.1f} s of CPU)",
+        f"  read in {read:.1f} s; read, and a page of {megabytes:.1f} MB built, in {built:.1f} s ({cpu:.1f} s of CPU)",
         flush=True,
     )
     polls(directory)

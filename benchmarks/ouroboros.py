@@ -199,7 +199,7 @@ def table(rows: list[tuple[Cell, Result]], standard: str) -> str:
 
 
 def text_model(cell: Cell) -> PreTrainedModel:
-    config = MixtralConfig(
+    config = MixtralConfig(  # type: ignore[call-arg]
         vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=cell.get("experts", EXPERTS), num_experts_per_tok=TOP_K,
         max_position_embeddings=BLOCK, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
@@ -220,14 +220,14 @@ def on_text(cell: Cell) -> Result:
     started = time.perf_counter()
     records, _ = train(model, domain.train, cell["steps"], cell["seed"], TEXT_RATE)
     seconds = time.perf_counter() - started
-    living = isinstance(model, LivingMoeForCausalLM)
-    kinds = [event.kind for event in model.lineage] if living else []
+    living = model if isinstance(model, LivingMoeForCausalLM) else None
+    kinds = [event.kind for event in living.lineage] if living is not None else []
     per_layer = [statistics.fmean(record.experts) for record in records if record.experts]
     experts = float(cell.get("experts", EXPERTS))
     return {
         "loss": evaluate_blocks(model, domain.held_out, batch_size=BATCH).loss,
-        "experts": statistics.fmean(model.expert_counts) if living else experts,
-        "mean_experts": statistics.fmean(per_layer) if living else experts,
+        "experts": statistics.fmean(living.expert_counts) if living is not None else experts,
+        "mean_experts": statistics.fmean(per_layer) if living is not None else experts,
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "train_seconds": seconds,
         **{kind: float(kinds.count(kind)) for kind in ("split", "death", "grow", "escape")},

@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def measure(kind: str, count: int, rounds: int, crossover: dict[int, float]) -> 
                 searches[f"FAISS {name}"] = FaissSearch(name)
             except ConfigurationError:
                 missing.append(f"| {kind} | {count:,} | FAISS {name} | not installed | | | | | |")
-    builds = {name: seconds_of(lambda s=search: s.sync(keys_ND)) for name, search in searches.items()}
+    builds = {name: seconds_of(partial(search.sync, keys_ND)) for name, search in searches.items()}
 
     best_TK = searches["exact"].search(query_TD, TOP_K)
     recalls = {}
@@ -94,13 +95,13 @@ def measure(kind: str, count: int, rounds: int, crossover: dict[int, float]) -> 
     times: dict[str, list[float]] = {name: [] for name in searches}
     for _ in range(rounds):
         for name, search in searches.items():
-            times[name].append(seconds_of(lambda s=search: s.search(query_TD, COUNT)))
+            times[name].append(seconds_of(partial(search.search, query_TD, COUNT)))
     syncs: dict[str, list[float]] = {name: [] for name in searches}
     for _ in range(3):
         moved = torch.randperm(count)[: count // 100]
         keys_ND[moved] = near(keys_ND[moved])
         for name, search in searches.items():
-            syncs[name].append(seconds_of(lambda s=search: s.sync(keys_ND)))
+            syncs[name].append(seconds_of(partial(search.sync, keys_ND)))
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     if kind == "grown":

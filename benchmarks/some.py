@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def reservoir(cell: Cell) -> Result:
         by_hash(model, seed)
     if arm == "no experts":
         for block in model.living_blocks:
-            block.experts.slab("frozen").down_proj.data.zero_()
+            block.experts.weights("frozen").down_proj.data.zero_()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     train(model, domain.train, cell["steps"], seed)
@@ -206,7 +207,7 @@ def shift_base(router: str, seed: int, steps: int, first: str | None, second: st
 
 def shift_model(router: str, seed: int) -> LivingMoeForCausalLM:
     gravity = router == "cosine"
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "router": {"query_network": "identity", "d_key": None, "query_hidden": None}
         | ({"similarity": "cosine", "temperature": 0.1} if gravity else {}),
         "experts": {"freeze_pretrained": False, "init_gain": None},
@@ -280,7 +281,7 @@ def cost(rounds: int) -> str:
         with model.plastic(alpha=1e-3, beta=1e-4), torch.no_grad():
             consolidate = model.model.consolidate_keys
             for _ in range(rounds + 1):
-                model.model.consolidate_keys = lambda: None  # type: ignore[method-assign]
+                model.model.consolidate_keys = lambda: None
                 started = time.perf_counter()
                 model(input_ids=ids)
                 read = time.perf_counter()
@@ -319,15 +320,13 @@ def main() -> None:
             parts.append(cost(rounds=15))
             print(parts[-1], flush=True)
             continue
-        arms, function, table = {
-            "reservoir": (RESERVOIR, reservoir, reservoir_table),
-            "shift": (SHIFT, shift, shift_table),
-        }[experiment]
-        own = (
-            {"experts": options.experts, "intermediate": options.intermediate}
-            if experiment == "reservoir"
-            else {"blocks": options.blocks}
-        )
+        arms: Iterable[str]
+        if experiment == "reservoir":
+            arms, function, table = RESERVOIR, reservoir, reservoir_table
+            own = {"experts": options.experts, "intermediate": options.intermediate}
+        else:
+            arms, function, table = SHIFT, shift, shift_table
+            own = {"blocks": options.blocks}
         cells = [
             {"experiment": experiment, "arm": arm, "seed": seed, **common, **own}
             for seed in options.seeds

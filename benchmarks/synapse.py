@@ -96,10 +96,10 @@ def training_steps(experts: int, tokens: int, arms: dict[str, dict[str, Any]], r
             if number:  # the first round warms up
                 times[name].append(taken)
     rows = []
-    for name, taken in times.items():
-        ratio = statistics.median(mine / plain for mine, plain in zip(taken, times[PLAIN], strict=True))
+    for name, own in times.items():
+        ratio = statistics.median(mine / plain for mine, plain in zip(own, times[PLAIN], strict=True))
         verdict = "" if "router" not in arms[name] else "yes" if ratio - 1 <= BAR else "no"
-        rows.append([name, f"{1e3 * statistics.median(taken):.0f}", f"{ratio - 1:+.1%}", verdict])
+        rows.append([name, f"{1e3 * statistics.median(own):.0f}", f"{ratio - 1:+.1%}", verdict])
     return rows
 
 
@@ -108,10 +108,12 @@ def router_alone(experts: int, tokens: int, chunk: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(TEXTS * tokens, experts, generator=generator).requires_grad_()
     block = build(experts, tokens, of_router(chunk)).living_blocks[0]
+    synapse = block.router.synapse
+    assert synapse is not None
 
     def run() -> None:
         passage = Passage(read_texts((TEXTS, tokens), chunk, scores.device))
-        block.router.synapse(scores, block.population, lambda view: None, passage=passage).sum().backward()
+        synapse(scores, block.population, lambda view: None, passage=passage).sum().backward()
 
     return run
 

@@ -111,7 +111,8 @@ def run(cell: Cell) -> Result:
     seconds = time.process_time() - started
     result = {"loss": evaluate_blocks(model, domain.held_out, batch_size=BATCH).loss, "cpu": seconds}
     if cell["synapse"].get("router"):
-        result["strength"] = statistics.fmean(float(b.router.synapse.strength.detach()) for b in model.living_blocks)
+        synapses = [block.router.synapse for block in model.living_blocks]
+        result["strength"] = statistics.fmean(float(one.strength.detach()) for one in synapses if one is not None)
     return {**result, **held_out_balance(model, domain)}
 
 
@@ -194,7 +195,7 @@ def balance_table(rows: Rows) -> str:
         loss = mean_and_deviation([result["loss"] for result in mine], 4)
         lines.append([name, loss, *shown(mine), strength])
         # An arm with synapses beside the one without; the loss that is there to balance beside none.
-        other = ({}, arm[1]) if arm[0] else ({}, 0.0)
+        other: Arm = ({}, arm[1]) if arm[0] else ({}, 0.0)
         if arm != other:
             against = next(known for known, there in BALANCES.items() if there == other)
             apart = differences(rows, arm, other, "max_violation")

@@ -52,7 +52,7 @@ Pairs = tuple[Tensor, Tensor]
 
 def new_model(seed: int, synapse: dict[str, Any]) -> LivingMoeForCausalLM:
     torch.manual_seed(seed)
-    backbone = MixtralConfig(
+    backbone = MixtralConfig(  # type: ignore[call-arg]
         vocab_size=KEYS + VALUES, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
         tie_word_embeddings=True, initializer_range=0.15, experts_implementation="grouped_mm",

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from cells import Cell, Result, machine, markdown_table, mean_and_deviation, run_cells
@@ -144,7 +145,8 @@ def reading(model: LivingMoeForCausalLM, batch: Tensor) -> Callable[[], int]:
 def writing(model: LivingMoeForCausalLM, prompt: Tensor) -> Callable[[], int]:
     def work() -> int:
         mask = torch.ones_like(prompt)
-        written = model.generate(prompt, attention_mask=mask, max_new_tokens=32, min_new_tokens=32, pad_token_id=0)
+        options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32, "pad_token_id": 0}
+        written: Any = model.generate(prompt, attention_mask=mask, **options)  # type: ignore[misc]
         return int(written.shape[1] - prompt.shape[1])
 
     return work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,14 +54,16 @@ def write_synthetic_run(
                 uids = list(alive[layer])
                 uid = uids[int(rng.integers(len(uids)))]
                 draw = rng.random()
-                fields = dict(step=step, layer=layer, parents=(uid,), children=(uid,), metric="load", held=40)
+                fields: dict[str, Any] = dict(
+                    step=step, layer=layer, parents=(uid,), children=(uid,), metric="load", held=40
+                )
                 if draw < 0.45 and len(uids) < most:
                     child = next_uid[layer]
                     next_uid[layer] += 1
                     alive[layer][child], load[layer][child] = step, load[layer][uid] / 2
                     load[layer][uid] /= 2
                     parents[layer, child] = (uid, step)
-                    event = dict(kind="split", children=(child,), value=1.9, threshold=1.6)
+                    event: dict[str, Any] = dict(kind="split", children=(child,), value=1.9, threshold=1.6)
                 elif draw < 0.6 and len(uids) > founders // 2 + 1:
                     other = next(one for one in uids if one != uid)
                     del alive[layer][other], load[layer][other]

@@ -15,7 +15,6 @@ from records_of_runs import write_run
 
 from living_moe import LivingMoeForCausalLM
 from living_moe.training.collapse import TOKEN_CLASSES
-from living_moe.training.observatory import pictures
 from living_moe.training.observatory.performance import Performance, measure
 from living_moe.training.observatory.pictures import (
     DARK,
@@ -34,8 +33,11 @@ from living_moe.training.observatory.pictures import (
     percentile,
     spread_over,
 )
+from living_moe.training.observatory.pictures.lives import visible_lives
+from living_moe.training.observatory.pictures.thinning import MOST_PANELS
 from living_moe.training.observatory.records import read_run
 
+PACKAGE = "living_moe.training.observatory.pictures"
 FROM_RECORDS = sorted({*PICTURES} - {"load-by-class"})
 
 
@@ -43,7 +45,7 @@ FROM_RECORDS = sorted({*PICTURES} - {"load-by-class"})
 def without_umap(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """UMAP compiles for half a minute; the one test of it asks for it."""
     if "umap" not in request.node.name:
-        monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 def texts(figure: Figure) -> str:
@@ -72,11 +74,11 @@ def test_every_picture_is_written(layers: int, themes: tuple[Theme, ...], kind: 
 
 def test_a_large_run_is_thinned_and_the_pictures_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, layers=40, experts=40, snapshots=60, every=2000)
-    monkeypatch.setattr(pictures, "MOST_CELLS", 40 * 40 * 4 * 45)
+    monkeypatch.setattr(f"{PACKAGE}.scene.MOST_CELLS", 40 * 40 * 4 * 45)
     scene = Scene(read_run(tmp_path))
     for name in FROM_RECORDS:
         figure = PICTURES[name](scene, LIGHT)
-        assert len(figure.axes) <= 1 + pictures.MOST_PANELS
+        assert len(figure.axes) <= 1 + MOST_PANELS
         if name in ("expert-map", "load-over-time", "key-drift"):
             assert "12 of 40 layers, evenly spread" in texts(figure)
         if name == "load-over-time":
@@ -90,12 +92,12 @@ def test_more_lives_than_fit_are_left_out_by_layers_then_by_birth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path, layers=10, experts=6, snapshots=9)
-    monkeypatch.setattr(pictures, "MOST_LIVES", 10)
-    lives, notes = pictures.visible_lives(read_run(tmp_path).lives())
+    monkeypatch.setattr(f"{PACKAGE}.lives.MOST_LIVES", 10)
+    lives, notes = visible_lives(read_run(tmp_path).lives())
     assert {layer for layer, _ in lives} == {0, 4, 9} and len(lives) == 9  # three of each layer had an event
     assert notes == ["40 founders without an event left out", "3 of 10 layers"]
-    monkeypatch.setattr(pictures, "MOST_LIVES", 2)
-    lives, notes = pictures.visible_lives(read_run(tmp_path).lives())
+    monkeypatch.setattr(f"{PACKAGE}.lives.MOST_LIVES", 2)
+    lives, notes = visible_lives(read_run(tmp_path).lives())
     assert len(lives) == 2 and notes[-1] == "the 2 of 3 experts that were born first"
 
 
