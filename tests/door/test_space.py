@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     save_with_words(model, tmp_path / "run" / "checkpoint-9")
     (tmp_path / "run" / "checkpoint-9" / "training_state").mkdir()
     (tmp_path / "run" / "checkpoint-9" / "training_state" / "optimizer.safetensors").write_text("not for others")
-    (tmp_path / "run" / "pictures").mkdir()
+    (tmp_path / "run" / "drawings").mkdir()
     return tmp_path / "run"
 
 
@@ -85,7 +85,7 @@ def test_the_folder_is_a_docker_space_and_holds_what_is_to_be_published(run: Pat
     header = json.loads((space / "model" / "run.json").read_text())
     assert "host" not in header and "pid" not in header and header["founders"]
     names = {path.name for path in space.rglob("*")}
-    assert "optimizer.safetensors" not in names and "__pycache__" not in names and "pictures" not in names
+    assert "optimizer.safetensors" not in names and "__pycache__" not in names and "drawings" not in names
     assert (space / "model" / "final" / "tokenizer.json").is_file()
     assert (space / "living_moe" / "modeling_living_moe" / "lifecycle" / "policies" / "load.py").is_file()
     assert read_run(space / "model").events == read_run(run).events
