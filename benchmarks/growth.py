@@ -7,7 +7,8 @@ dense model; *static*, a Qwen3-MoE of as many experts as the grown one may have,
 load-balancing loss; *grown*, a living model (preset `microexperts`) that starts as the first and splits up to the size
 of the second. Printed: held-out loss, CPU seconds of training, experts at the end, and the growth economics
 eta = (L_one - L_grown) / (L_one - L_static), the share of what the experts of the static model are worth that growing
-them gives (above 1: more than that; it is defined where the static model is better than one expert, for every seed).
+them gives (above 1: more than that; it is defined where the static model is better than one expert by more than two
+standard deviations, and for every seed).
 
 **stationary**: a small Mixtral of 8 experts, from scratch, lives with the preset `microexperts` on one text, shuffled,
 for a long run. Printed: events per 1,000 steps in the first and in the last half, splits, merges of siblings as a share
@@ -114,19 +115,25 @@ def monolith_table(rows: list[tuple[Cell, Result]]) -> str:
         eta = ""
         if arm == "grown":
             parts = list(zip(*(by_arm[name] for name in MONOLITH), strict=True))
-            eta = "static is no better than one expert"
-            if all(static["loss"] < one["loss"] for one, static, _ in parts):
+            worth = [one["loss"] - static["loss"] for one, static, _ in parts]
+            eta = "static ties with one expert"
+            if statistics.fmean(worth) > 2 * (statistics.stdev(worth) if len(worth) > 1 else 0.0) and min(worth) > 0:
                 eta = mean_and_deviation(
                     ((one["loss"] - grown["loss"]) / (one["loss"] - static["loss"]) for one, static, grown in parts), 2
                 )
         experts = mean_and_deviation([result["experts"] for result in mine], 1) if arm == "grown" else "–"
+        events = [
+            mean_and_deviation([r[kind] for r in mine], 0) if arm == "grown" else "–" for kind in ("split", "death")
+        ]
         lines.append(
             [
                 arm, mean_and_deviation(result["loss"] for result in mine),
-                mean_and_deviation([result["cpu"] for result in mine], 0), experts, eta,
+                mean_and_deviation([result["cpu"] for result in mine], 0), experts, *events, eta,
             ]
         )  # fmt: skip
-    return markdown_table(["arm", "held-out loss", "CPU seconds", "experts per layer at the end", "eta"], lines)
+    return markdown_table(
+        ["arm", "held-out loss", "CPU seconds", "experts per layer at the end", "splits", "deaths", "eta"], lines
+    )
 
 
 # -- stationary --------------------------------------------------------------------------------------------------------
