@@ -336,8 +336,10 @@ def real_tokens(attention_mask: Tensor | dict[str, Tensor] | None, length: int, 
         return None
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
-    # Every token but padding attends to itself.
-    own = attention_mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
+    # Every token but padding attends to itself. Static caches have room behind the tokens of the pass, and sliding
+    # windows have left the first columns behind.
+    first = min(past, attention_mask.shape[3] - length)
+    own = attention_mask[:, 0, :, first : first + length].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
 
 

@@ -1,4 +1,4 @@
-"""Synaptic attention: nothing at strength 0, else the loops it abbreviates; the same through caches and batches."""
+"""Synaptic attention: nothing at strength 0, else the loops it abbreviates, in any backbone."""
 
 import copy
 from pathlib import Path
@@ -9,8 +9,10 @@ import torch
 from factories import VOCAB, living_model, logits, source_config, source_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synaptic_models import CACHED, excite_attention, in_pieces
+from synaptic_models import attention_model as synaptic
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gpt_oss import GptOssConfig
@@ -36,7 +38,6 @@ from living_moe.modeling_living_moe.synapse.presynaptic import (
 from living_moe.modeling_living_moe.synapse.router import FIRST_RELEASE, GAIN_TIME
 from living_moe.training.optimizers import LivingAdamW
 
-CACHED = 1e-5
 LIVING = ("mixtral", "qwen3_moe", "deepseek_v3")
 
 _TINY = dict(
@@ -68,41 +69,12 @@ def foreign_model(name: str, attention: str | None = None, seed: int = 0) -> Pre
     return model.eval()
 
 
-def excite(model: nn.Module, strength: float, seed: int = 0) -> None:
-    """Expression of all kinds, so that no head is like another."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in attention_layers(model):
-        layer.synapse.strength.data.fill_(strength)
-        layer.synapse.expression.data.normal_(generator=generator)
-
-
-def synaptic(family: str = "mixtral", strength: float = 1.5, **options: Any) -> LivingMoeForCausalLM:
-    overrides, preset = options.pop("overrides", {}), options.pop("preset", "grow")
-    section = {"attention": True, "attention_chunk": 4, "attention_top_k": 3, "attention_turn": 8.0, **options}
-    model = living_model(family, preset, sections={"synapse": section}, **overrides)
-    excite(model, strength)
-    return model
-
-
 def attached(name: str, strength: float, **options: Any) -> PreTrainedModel:
     model = foreign_model(name)
     section = SynapseConfig(attention=True, attention_chunk=4, attention_top_k=3, attention_turn=8.0, **options)
     attach_attention_synapses(model, section)
-    excite(model, strength)
+    excite_attention(model, strength)
     return model
-
-
-def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int], **inputs: Tensor) -> Tensor:
-    cache, found, start = DynamicCache(config=model.config), [], 0
-    for size in sizes:
-        end = start + size
-        own = {"attention_mask": inputs["attention_mask"][:, :end]} if "attention_mask" in inputs else {}
-        if "position_ids" in inputs:
-            own["position_ids"] = inputs["position_ids"][:, start:end]
-        found.append(logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **own))
-        start = end
-    assert start == ids.shape[1]
-    return torch.cat(found, dim=1)
 
 
 SHARED = synaptic()
@@ -383,35 +355,6 @@ def test_no_token_hears_of_a_later_one_nor_of_how_many_follow(tokens: int, at: i
     assert (logits(SHARED, longer)[:, :tokens] - whole).abs().max() <= CACHED
 
 
-@settings(max_examples=15)
-@given(
-    cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), pads=st.tuples(*[st.integers(0, 15)] * 3)
-)
-def test_any_pieces_of_padded_rows_are_the_rows_alone(cuts: set[int], seed: int, pads: tuple[int, ...]) -> None:
-    ids = token_ids(3, 40, seed)
-    ends = [*sorted(cuts), 40]
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    found = in_pieces(SHARED, ids, sizes, attention_mask=mask, position_ids=positions)
-    for row, pad in enumerate(pads):
-        assert (found[row, pad:] - logits(SHARED, ids[row : row + 1, pad:])[0]).abs().max() <= CACHED
-
-
-def test_padding_in_the_midst_and_at_the_end_is_not_there() -> None:
-    ids, model = token_ids(2, 30), synaptic(attention_chunk=3)
-    mask = torch.ones_like(ids)
-    mask[0, 26:], mask[1, 9:14] = 0, 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for sizes in ([30], [11, 1, 1, 17]):
-        found = in_pieces(model, ids, sizes, attention_mask=mask, position_ids=positions)
-        for row in range(2):
-            kept = mask[row].bool()
-            assert (found[row, kept] - logits(model, ids[row : row + 1, kept])[0]).abs().max() <= CACHED
-
-
 def test_texts_packed_in_a_row_begin_at_rest() -> None:
     lengths = (11, 3, 14)
     ids = token_ids(2, sum(lengths))
@@ -422,42 +365,6 @@ def test_texts_packed_in_a_row_begin_at_rest() -> None:
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
-
-
-LONG = dict(max_position_embeddings=1024)
-
-
-@pytest.mark.parametrize(("family", "chunk"), [("mixtral", 1), ("mixtral", 32), ("deepseek_v3", 32)])
-def test_reading_in_pieces_is_reading_at_once_on_512_tokens(family: str, chunk: int) -> None:
-    model = synaptic(family, attention_chunk=chunk, attention_top_k=8, attention_turn=128.0, overrides=LONG)
-    ids = token_ids(1 if chunk == 1 else 2, 512)
-    whole = logits(model, ids)
-    for sizes in ([1] * 40 + [472], [300] + [1] * 34 + [178], [31, 1, 32, 33, 415]):
-        assert (in_pieces(model, ids, sizes) - whole).abs().max() <= CACHED
-    plain = logits(synaptic(family, 0.0, overrides=LONG), ids)
-    assert (plain - whole).abs().max() > 0.1
-
-
-def test_beams_of_padded_rows_are_the_rows_alone_on_512_tokens() -> None:
-    model = synaptic(attention_chunk=32, attention_top_k=8, attention_turn=128.0, overrides=LONG)
-    ids, mask = token_ids(3, 512), torch.ones(3, 512, dtype=torch.int64)
-    mask[0, :37], mask[1, :160] = 0, 0
-    cache, start = DynamicCache(config=model.config), 0
-    for size, order in ((200, [1, 0, 2]), (1, [2, 2, 0]), (30, [1, 2, 0]), (1, [0, 2, 1]), (280, [0, 1, 2])):
-        end = start + size
-        positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
-        rows = ids[:, start:end]
-        found = logits(
-            model, rows, attention_mask=mask[:, :end], position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        for row in range(3):
-            first = int((1 - mask[row]).sum())
-            alone = logits(model, ids[row : row + 1, first:end])[0, -min(size, end - first) :]
-            assert (found[row, -len(alone) :] - alone).abs().max() <= CACHED
-        # A row goes on with its own tokens to come, whatever it has read.
-        chosen = torch.tensor(order)
-        cache.reorder_cache(chosen)
-        ids[:, :end], mask[:, :end], start = ids[chosen][:, :end], mask[chosen][:, :end], end
 
 
 @pytest.mark.parametrize("name", sorted(FOREIGN))
@@ -474,33 +381,6 @@ def test_sliding_windows_leave_the_pools_of_their_keys_behind() -> None:
     assert (whole - logits(SHARED, ids)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("back", [1, 3, 4, 9])
-def test_a_cropped_cache_goes_on_as_if_nothing_had_been_read(back: int) -> None:
-    ids, wrong = token_ids(2, 30), token_ids(2, back, seed=9)
-    whole = logits(SHARED, ids)
-    for start in (13, 16):
-        cache = DynamicCache(config=SHARED.config)
-        logits(SHARED, ids[:, :start], past_key_values=cache, use_cache=True)
-        logits(SHARED, wrong, past_key_values=cache, use_cache=True)
-        cache.crop(-back)
-        found = logits(SHARED, ids[:, start:], past_key_values=cache, use_cache=True)
-        assert (found - whole[:, start:]).abs().max() <= CACHED
-        cache.crop(-(30 - start + 2))
-        found = logits(SHARED, ids[:, start - 2 :], past_key_values=cache, use_cache=True)
-        assert (found - whole[:, start - 2 :]).abs().max() <= CACHED
-
-
-def test_a_cache_cropped_again_and_again_goes_on_with_less_than_it_had() -> None:
-    ids = token_ids(2, 30)
-    whole = logits(SHARED, ids)
-    cache = DynamicCache(config=SHARED.config)
-    logits(SHARED, ids[:, :19], past_key_values=cache, use_cache=True)
-    for start, end in ((17, 18), (16, 17), (16, 19), (9, 10), (10, 11), (4, 30)):
-        cache.crop(start - cache.get_seq_length())
-        found = logits(SHARED, ids[:, start:end], past_key_values=cache, use_cache=True)
-        assert (found - whole[:, start:end]).abs().max() <= CACHED
-
-
 def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> None:
     cache = DynamicCache(config=SHARED.config)
     logits(SHARED, token_ids(1, 11), past_key_values=cache, use_cache=True)
@@ -509,72 +389,6 @@ def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> N
     assert cache.layers[0].edges.state is not None
     cache.crop(-2)
     assert cache.layers[0].edges.state is None
-
-
-def test_a_cache_follows_the_order_and_choice_of_rows_and_a_reset() -> None:
-    ids = token_ids(3, 22)
-    cache = DynamicCache(config=SHARED.config)
-    logits(SHARED, ids[:, :10], past_key_values=cache, use_cache=True)
-    order = torch.tensor([2, 0, 0])
-    cache.reorder_cache(order)
-    cache = copy.deepcopy(cache)
-    found = logits(SHARED, ids[order][:, 10:], past_key_values=cache, use_cache=True)
-    assert (found - logits(SHARED, ids[order])[:, 10:]).abs().max() <= CACHED
-    cache.batch_select_indices(torch.tensor([1]))
-    cache.batch_repeat_interleave(2)
-    more = token_ids(2, 5, seed=4)
-    found = logits(SHARED, more, past_key_values=cache, use_cache=True)
-    again = logits(SHARED, torch.cat([ids[[0, 0]], more], dim=1))[:, 22:]
-    assert (found - again).abs().max() <= CACHED
-    cache.reset()
-    assert torch.equal(logits(SHARED, ids, past_key_values=cache, use_cache=True), logits(SHARED, ids))
-
-
-@pytest.mark.parametrize("window", [None, 8])
-def test_a_static_cache_is_a_dynamic_one(window: int | None) -> None:
-    model = synaptic(overrides=dict(sliding_window=window))
-    ids = token_ids(2, 9)
-    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    expected = ids
-    for _ in range(20):
-        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(model.generate(ids, **options), expected)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    first = logits(model, ids, past_key_values=cache, use_cache=True)
-    assert (first - logits(model, ids)).abs().max() <= CACHED
-
-
-def test_beams_with_a_cache_are_beams_without() -> None:
-    ids = token_ids(2, 9)
-    options = dict(num_beams=3, max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(SHARED.generate(ids, **options), SHARED.generate(ids, use_cache=False, **options))
-
-
-def test_a_padded_batch_generates_what_its_rows_do() -> None:
-    ids = token_ids(2, 12)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
-    both = SHARED.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(both[0, 12:], SHARED.generate(ids[:1, 5:], **options)[0, 7:])
-    assert torch.equal(both[1], SHARED.generate(ids[1:], **options)[0])
-
-
-def test_assisted_decoding_is_plain_decoding() -> None:
-    ids = token_ids(1, 9)
-    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    plain = SHARED.generate(ids, **options)
-    assert torch.equal(SHARED.generate(ids, assistant_model=living_model("mixtral"), **options), plain)
-    assert torch.equal(SHARED.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
-
-
-def test_router_and_attention_synapses_share_a_cache() -> None:
-    model = synaptic(router=True, chunk=3)
-    for block in model.living_blocks:
-        block.router.synapse.strength.data.fill_(1.0)
-    ids = token_ids(2, 30)
-    assert (in_pieces(model, ids, [9, 1, 1, 1, 18]) - logits(model, ids)).abs().max() <= CACHED
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------

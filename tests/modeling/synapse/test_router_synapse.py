@@ -1,4 +1,4 @@
-"""Router synapses in whole models: nothing when off, memory when on, the same through caches, batches and events."""
+"""Router synapses in whole models: nothing when off, memory when on, the same after events."""
 
 import copy
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from factories import drift, live, living_model, logits, relative_difference, source_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synaptic_models import CACHED, in_pieces
+from synaptic_models import router_model as synaptic
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,33 +25,7 @@ from living_moe.modeling_living_moe.synapse.router import Passage, RouterSynapse
 from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, read_texts
 from living_moe.training.optimizers import LivingAdamW
 
-CACHED = 1e-5
-
-
-def synaptic(family: str = "mixtral", strength: float = 1.5, *, seed: int = 0, **options: Any) -> LivingMoeForCausalLM:
-    """With expression of all kinds, so that no edge is like another."""
-    overrides = options.pop("overrides", {})
-    model = living_model(family, "synaptic-router", sections={"synapse": {"chunk": 4, **options}}, **overrides)
-    generator = torch.Generator().manual_seed(seed)
-    for block in model.living_blocks:
-        synapse = block.router.synapse
-        synapse.strength.data.fill_(strength)
-        for vectors in synapse.expression.values():
-            vectors.data.normal_(generator=generator)
-    return model
-
-
-def in_pieces(model: LivingMoeForCausalLM, ids: Tensor, sizes: list[int], **inputs: Tensor) -> Tensor:
-    cache, found, start = DynamicCache(config=model.config), [], 0
-    for size in sizes:
-        end = start + size
-        own = {"attention_mask": inputs["attention_mask"][:, :end]} if "attention_mask" in inputs else {}
-        if "position_ids" in inputs:
-            own["position_ids"] = inputs["position_ids"][:, start:end]
-        found.append(logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **own))
-        start = end
-    assert start == ids.shape[1]
-    return torch.cat(found, dim=1)
+SHARED = synaptic()
 
 
 # -- off is off --------------------------------------------------------------------------------------------------------
@@ -224,7 +200,7 @@ def test_an_expert_in_use_tires() -> None:
     assert (weights.sum(0) > 0).sum() > (weights[0] > 0).sum()
 
 
-# -- chunks, caches, batches -------------------------------------------------------------------------------------------
+# -- chunks, texts -----------------------------------------------------------------------------------------------------
 
 
 def what_is_heard(experts: int, chunk: int) -> Tensor:
@@ -252,49 +228,6 @@ def test_the_error_of_chunks_is_measured_and_bounded(experts: int) -> None:
     assert list(errors.values()) == sorted(errors.values())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_reading_in_pieces_is_reading_at_once_on_512_tokens(family: str) -> None:
-    model = synaptic(family, chunk=32, overrides=dict(max_position_embeddings=1024))
-    ids = token_ids(2, 512)
-    whole = logits(model, ids)
-    for sizes in ([1] * 40 + [472], [300] + [1] * 34 + [178], [31, 1, 32, 33, 415]):
-        assert (in_pieces(model, ids, sizes) - whole).abs().max() <= CACHED
-
-
-def test_token_by_token_with_the_reference_step() -> None:
-    model = synaptic(chunk=1)
-    ids = token_ids(2, 24)
-    assert (in_pieces(model, ids, [1] * 24) - logits(model, ids)).abs().max() <= CACHED
-
-
-@settings(max_examples=12)
-@given(
-    cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), pads=st.tuples(*[st.integers(0, 15)] * 3)
-)
-def test_any_pieces_of_padded_rows_are_the_rows_alone(cuts: set[int], seed: int, pads: tuple[int, ...]) -> None:
-    model, ids = SHARED, token_ids(3, 40, seed)
-    ends = [*sorted(cuts), 40]
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    found = in_pieces(model, ids, sizes, attention_mask=mask, position_ids=positions)
-    for row, pad in enumerate(pads):
-        assert (found[row, pad:] - logits(model, ids[row : row + 1, pad:])[0]).abs().max() <= CACHED
-
-
-SHARED = synaptic()
-
-
-def test_padding_in_the_midst_and_at_the_end_is_not_there() -> None:
-    ids = token_ids(1, 30)
-    mask = torch.ones_like(ids)
-    mask[0, 26:] = 0
-    found = logits(SHARED, ids, attention_mask=mask)[0, :26]
-    assert (found - logits(SHARED, ids[:, :26])[0]).abs().max() <= CACHED
-
-
 def test_texts_packed_in_a_row_begin_at_rest() -> None:
     """A text behind another reads as the same text alone, as far as synapses go: attention is taken out."""
     model = synaptic()
@@ -311,22 +244,6 @@ def test_texts_packed_in_a_row_begin_at_rest() -> None:
     assert (pieces - torch.cat(packed, dim=1)).abs().max() <= CACHED
 
 
-@pytest.mark.parametrize("back", [1, 3, 4, 9])
-def test_a_cropped_cache_goes_on_as_if_nothing_had_been_read(back: int) -> None:
-    ids, wrong = token_ids(2, 30), token_ids(2, back, seed=9)
-    whole = logits(SHARED, ids)
-    for start in (13, 16):
-        cache = DynamicCache(config=SHARED.config)
-        logits(SHARED, ids[:, :start], past_key_values=cache, use_cache=True)
-        logits(SHARED, wrong, past_key_values=cache, use_cache=True)
-        cache.crop(-back)
-        found = logits(SHARED, ids[:, start:], past_key_values=cache, use_cache=True)
-        assert (found - whole[:, start:]).abs().max() <= CACHED
-        cache.crop(-(30 - start + 2))
-        found = logits(SHARED, ids[:, start - 2 :], past_key_values=cache, use_cache=True)
-        assert (found - whole[:, start - 2 :]).abs().max() <= CACHED
-
-
 def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> None:
     cache = DynamicCache(config=SHARED.config)
     logits(SHARED, token_ids(1, 11), past_key_values=cache, use_cache=True)
@@ -336,61 +253,6 @@ def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> N
     assert layer.state is not None
     cache.crop(-2)
     assert layer.state is None
-
-
-def test_a_cache_follows_the_order_and_choice_of_rows() -> None:
-    ids = token_ids(3, 22)
-    cache = DynamicCache(config=SHARED.config)
-    logits(SHARED, ids[:, :10], past_key_values=cache, use_cache=True)
-    order = torch.tensor([2, 0, 0])
-    cache.reorder_cache(order)
-    found = logits(SHARED, ids[order][:, 10:], past_key_values=cache, use_cache=True)
-    assert (found - logits(SHARED, ids[order])[:, 10:]).abs().max() <= CACHED
-    cache.batch_select_indices(torch.tensor([1]))
-    cache.batch_repeat_interleave(2)
-    more = token_ids(2, 5, seed=4)
-    found = logits(SHARED, more, past_key_values=cache, use_cache=True)
-    again = logits(SHARED, torch.cat([ids[[0, 0]], more], dim=1))[:, 22:]
-    assert (found - again).abs().max() <= CACHED
-
-
-def generate_without_cache(model: LivingMoeForCausalLM, ids: Tensor, new: int) -> Tensor:
-    for _ in range(new):
-        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("implementation", [None, "static"])
-def test_generation_with_a_cache_is_generation_without(implementation: str | None) -> None:
-    ids = token_ids(2, 9)
-    found = SHARED.generate(
-        ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation=implementation
-    )
-    assert torch.equal(found, generate_without_cache(SHARED, ids, 20))
-
-
-def test_beams_with_a_cache_are_beams_without() -> None:
-    ids = token_ids(2, 9)
-    options = dict(num_beams=3, max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(SHARED.generate(ids, **options), SHARED.generate(ids, use_cache=False, **options))
-
-
-def test_a_padded_batch_generates_what_its_rows_do() -> None:
-    ids = token_ids(2, 12)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
-    both = SHARED.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(both[0, 12:], SHARED.generate(ids[:1, 5:], **options)[0, 7:])
-    assert torch.equal(both[1], SHARED.generate(ids[1:], **options)[0])
-
-
-def test_assisted_decoding_is_plain_decoding() -> None:
-    ids = token_ids(1, 9)
-    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    plain = SHARED.generate(ids, **options)
-    assert torch.equal(SHARED.generate(ids, assistant_model=living_model("mixtral"), **options), plain)
-    assert torch.equal(SHARED.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
 
 
 @settings(max_examples=15)
