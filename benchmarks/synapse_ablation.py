@@ -13,7 +13,7 @@ loss, each without synapses and with the router's: MaxVio (largest load over the
 over its largest value, effective experts (of 16), and the share that receives next to nothing; loads of the held-out
 text, counted in evaluation, means over layers.
 
-Says which claims hold: a difference of two arms counts where its mean over seeds is more than twice its standard error
+Says which claims hold: a difference of two arms counts where its mean over seeds is more than two standard deviations
 from 0. Losses in nats per token. Cells are kept in benchmarks/results/synapse_ablation.jsonl and not run again; arms
 that are the same in both experiments are run once.
 """
@@ -156,11 +156,11 @@ def differences(rows: Rows, arm: Arm, other: Arm, figure: str) -> list[float]:
 
 
 def change(values: list[float]) -> str:
-    """What a difference is, in a word: lower or higher where its mean is more than twice its standard error from 0."""
+    """What a difference is, in a word: lower or higher where its mean is more than two standard deviations from 0."""
     if len(values) < 2:
         return "of one seed only"
-    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    return "no different" if abs(mean) <= 2 * error else "higher" if mean > 0 else "lower"
+    mean = statistics.fmean(values)
+    return "no different" if abs(mean) <= 2 * statistics.stdev(values) else "higher" if mean > 0 else "lower"
 
 
 #: Figure, digits.

@@ -33,8 +33,8 @@ from living_moe.modeling_living_moe.checkpoint import CheckpointMixin
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.escape.detector import StagnationDetector
-from living_moe.modeling_living_moe.evidence import evidence_history, remember
 from living_moe.modeling_living_moe.families import family_of
+from living_moe.modeling_living_moe.field_evidence import evidence_history, remember
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
 from living_moe.modeling_living_moe.plasticity.api import PlasticityMixin

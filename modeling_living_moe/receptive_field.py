@@ -45,7 +45,7 @@ from transformers.utils import logging
 from living_moe.configuration.errors import LivingMoeError
 from living_moe.configuration.sections import ReceptiveFieldConfig
 from living_moe.modeling_living_moe.distributed import rank, world_size
-from living_moe.modeling_living_moe.evidence import linear_recurrence
+from living_moe.modeling_living_moe.field_evidence import linear_recurrence
 
 logger = logging.get_logger(__name__)
 

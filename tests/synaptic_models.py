@@ -1,6 +1,7 @@
 """Models whose synapses are at work, in routers, in attention, or in both; and a text read in pieces."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,15 +64,21 @@ BUILD: dict[str, Callable[..., LivingMoeForCausalLM]] = {
 }
 
 
+@cache
+def shared(kind: str) -> LivingMoeForCausalLM:
+    """A model that tests only read."""
+    return BUILD[kind]()
+
+
 def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int], **inputs: Tensor) -> Tensor:
     """Logits of a text (B, T) read through a cache, so many tokens at a time."""
-    cache, found, start = DynamicCache(config=model.config), [], 0
+    pools, found, start = DynamicCache(config=model.config), [], 0
     for size in sizes:
         end = start + size
         own = {"attention_mask": inputs["attention_mask"][:, :end]} if "attention_mask" in inputs else {}
         if "position_ids" in inputs:
             own["position_ids"] = inputs["position_ids"][:, start:end]
-        found.append(logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **own))
+        found.append(logits(model, ids[:, start:end], past_key_values=pools, use_cache=True, **own))
         start = end
     assert start == ids.shape[1]
     return torch.cat(found, dim=1)

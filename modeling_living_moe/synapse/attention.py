@@ -60,6 +60,68 @@ SYNAPTIC = "synaptic"
 HEAD_MOLECULES = (*MOLECULES, "septin")
 
 
+class AttentionCall(NamedTuple):
+    """What Transformers asks of an attention function.
+
+    Attributes:
+        module: The attention layer.
+        query, key, value: (B, H, S, any), (B, groups, n, any), (B, groups, n, any).
+        mask: Bool or additive (B, 1 or H, S, n); None is causal.
+        softcap: Logits are softcap * tanh(logits / softcap).
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    dropout: float = 0.0
+    softcap: float | None = None
+
+    def of_keys(self, n: int) -> AttentionCall:
+        """Of the first n keys only, each once per head."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        return self._replace(
+            key=repeat_kv(self.key[:, :, :n], groups),
+            value=repeat_kv(self.value[:, :, :n], groups),
+            mask=None if self.mask is None else self.mask[..., :n],
+        )
+
+    def weights(self, start: int, stop: int, heard: Tensor) -> Tensor:
+        """Of the queries from start to stop for the first n keys, of one per head; all queries are of the last tokens.
+
+        Args:
+            heard: What is added to logits, (B, H, stop - start, n).
+        """
+        n = heard.shape[-1]
+        logits = (self.query[:, :, start:stop] @ self.key[:, :, :n].transpose(2, 3)).float() * self.scaling
+        logits = _capped(logits, self.softcap) + heard
+        mask = None if self.mask is None else self.mask[:, :, start:stop, :n]
+        own = self.key.shape[2] - self.query.shape[2] + start
+        return torch.softmax(_masked(logits, mask, own), dim=-1)
+
+    def passed(self, weights: Tensor) -> Tensor:
+        """What values give queries of these weights (B, H, L, n), the keys being one per head."""
+        kept = F.dropout(weights, self.dropout, self.module.training).to(self.value.dtype)
+        return kept @ self.value[:, :, : weights.shape[-1]]
+
+
+def plain_attention(call: AttentionCall) -> Tensor:
+    """Attention without synapses, (B, S, H, width of a value)."""
+    if call.softcap is None:
+        plain: Tensor = sdpa_attention_forward(
+            call.module, call.query, call.key, call.value, call.mask, dropout=call.dropout, scaling=call.scaling
+        )[0]
+        return plain
+    # Without a mask, many queries are the first of a text, and a static cache has room behind them.
+    own = 0 if call.query.shape[2] > 1 else call.key.shape[2] - 1
+    call = call.of_keys(call.key.shape[2])
+    logits = _capped(call.query @ call.key.transpose(2, 3) * call.scaling, call.softcap)
+    weights = torch.softmax(_masked(logits, call.mask, own), dim=-1, dtype=torch.float32)
+    return call.passed(weights.to(call.query.dtype)).transpose(1, 2).contiguous()
+
+
 class AttentionSynapse(nn.Module):
     """Short-term memory of one attention layer's edges.
 
@@ -84,102 +146,49 @@ class AttentionSynapse(nn.Module):
         init.constant_(self.strength, self.settings.strength)
         init.zeros_(self.expression)
 
-    def forward(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, call: AttentionCall, position_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Attention's output, (B, S, H, width of a value).
 
         Where all strengths are 0 it is bitwise that of "sdpa" (with `softcap`, of "eager"), with the gradients of
         synapses; dropout in training, which draws, excepted.
 
         Args:
-            module: The attention layer.
-            query, key, value: (B, H, S, any), (B, groups, n, any), (B, groups, n, any).
-            mask: Bool or additive (B, 1 or H, S, n); None is causal.
-            softcap: Logits are softcap * tanh(logits / softcap).
             position_ids: (B or 1, S); a text begins where it is 0.
             cache: What has already taken in these keys.
         """
+        query, key, value = call.query, call.key, call.value
         if query.shape[1] != len(self.strength):
             raise ConfigurationError(
-                f"{type(module).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: attach "
-                f"them to a model whose layers all have config.num_attention_heads heads."
+                f"{type(call.module).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: "
+                f"attach them to a model whose layers all have config.num_attention_heads heads."
             )
         idle = not bool(self.strength.any())
         # Passes that go on from a cache do not train.
         learns = self.strength.requires_grad and torch.is_grad_enabled() and key.shape[2] == query.shape[2]
-        draws = dropout > 0 and module.training
         if idle and not learns:
-            return self._without(module, query, key, value, mask, scaling, dropout, softcap)
-        cache = None if idle else cache
+            return plain_attention(call)
         # Pools are sums and differences of what is nearly equal: never in less than fp32.
         with torch.autocast(query.device.type, enabled=False):
-            key, value = key.to(query.dtype), value.to(query.dtype)
-            found = self._attend(query, key, value, mask, scaling, dropout, softcap, position_ids, cache)
-        if idle and not draws:
+            call = call._replace(key=key.to(query.dtype), value=value.to(query.dtype))
+            found = self._attend(call, position_ids, None if idle else cache)
+        if idle and not (call.dropout > 0 and call.module.training):
             with torch.no_grad():
-                plain = self._without(module, query, key, value, mask, scaling, 0.0, softcap)
+                plain = plain_attention(call._replace(dropout=0.0))
             return plain + (found - found.detach())
         return found
 
-    def _without(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout: float,
-        softcap: float | None,
-    ) -> Tensor:
-        if softcap is None:
-            plain: Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
-            return plain
-        groups = query.shape[1] // key.shape[1]
-        logits = query @ repeat_kv(key, groups).transpose(2, 3) * scaling
-        logits = softcap * torch.tanh(logits / softcap)
-        # Without a mask, many queries are the first of a text, and a static cache has room behind them.
-        column = 0 if query.shape[2] > 1 else key.shape[2] - 1
-        logits = _masked(logits, mask, 0, column)
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-        weights = F.dropout(weights, dropout, module.training)
-        return (weights @ repeat_kv(value, groups)).transpose(1, 2).contiguous()
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout: float,
-        softcap: float | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        batch, heads, tokens, _ = query.shape
+    def _attend(self, call: AttentionCall, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        batch, heads, tokens, _ = call.query.shape
         length, memory, total = self.settings.attention_chunk, None, tokens
         if cache is not None:
             memory, total = edge_memory(cache, self.layer, tokens, length)
         # Static caches have room behind the last key, sliding windows have left the first behind.
-        end = min(total, key.shape[2])
-        first, groups = total - end, heads // key.shape[1]
-        key, value = repeat_kv(key[:, :, :end], groups), repeat_kv(value[:, :, :end], groups)
-        mask = None if mask is None else mask[..., :end]
+        end = min(total, call.key.shape[2])
+        first, before = total - end, end - tokens
+        call = call.of_keys(end)
         known = memory if memory is not None and memory.get_seq_length() else None
-        real = None if mask is None else _own(mask)
-        chunks = read_chunks((batch, tokens), length, query.device, real, position_ids, known)
+        real = None if call.mask is None else _own(call.mask)
+        chunks = read_chunks((batch, tokens), length, call.query.device, real, position_ids, known)
         count = chunks.count[:, -end:]
 
         rates = self._rates()
@@ -190,7 +199,7 @@ class AttentionSynapse(nn.Module):
         outputs: list[_Piece] = []
         told: list[_Piece] = []
         for number, (low, high) in enumerate(chunks.ranges):
-            n = max(end - tokens - chunks.past + high, state.calcium.shape[2])
+            n = max(before - chunks.past + high, state.calcium.shape[2])
             state = _grown(state, resting, n, batch)
             if chunks.begins is not None:
                 state, running = _renewed(state, running, resting, chunks.begins[number])
@@ -199,17 +208,11 @@ class AttentionSynapse(nn.Module):
             drives = [self._told(known, chunks.past)[:, :, low:high]] if known is not None and chunks.past else []
             start, stop = max(low - chunks.past, 0), high - chunks.past
             if stop > start:
-                logits = (query[:, :, start:stop] @ key[:, :, :n].transpose(2, 3)).float() * scaling
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                of_query = count[:, end - tokens + start : end - tokens + stop]
-                logits = logits + self._heard(content, running, of_query, count[:, :n])
-                seen = None if mask is None else mask[:, :, start:stop, :n]
-                given = torch.softmax(_masked(logits, seen, start, end - tokens), dim=-1)
-                passed = F.dropout(given, dropout, self.training).to(value.dtype) @ value[:, :, :n]
+                heard = self._heard(content, running, count[:, before + start : before + stop], count[:, :n])
+                given = call.weights(start, stop, heard)
                 drives.append(self._drives(given, content, first))
                 own = None if mine is None else mine[:, start - stop :]
-                outputs.append(_Piece(passed, start, own))
+                outputs.append(_Piece(call.passed(given), start, own))
                 told.append(_Piece(drives[-1].detach(), start, own))
             last = number + 1 == len(chunks.ranges)
             if chunks.plain and last and not (chunks.last_is_full and memory is not None):
@@ -226,10 +229,10 @@ class AttentionSynapse(nn.Module):
                 state, running = _where(chunks.full[number], (moved, followed), (state, running))
         if memory is not None:
             size = (batch, heads, tokens, 2 * self.settings.attention_top_k + 1)
-            kept = _joined(told, size, torch.float32, query.device)
+            kept = _joined(told, size, torch.float32, call.query.device)
             self._remember(memory, chunks, kept, state, running, first)
-        size = (batch, heads, tokens, value.shape[-1])
-        return _joined(outputs, size, value.dtype, value.device).transpose(1, 2).contiguous()
+        size = (batch, heads, tokens, call.value.shape[-1])
+        return _joined(outputs, size, call.value.dtype, call.value.device).transpose(1, 2).contiguous()
 
     def _heard(self, content: Tensor, running: Tensor, of_query: Tensor, of_key: Tensor) -> Tensor:
         """What logits hear of pools and distance, (B, H, L, n).
@@ -340,14 +343,18 @@ def _own(mask: Tensor) -> Tensor:
     return own if own.dtype == torch.bool else own == 0
 
 
-def _masked(logits: Tensor, mask: Tensor | None, start: int, column: int) -> Tensor:
-    """Logits (B, H, L, n) of the queries from `start` on, the first of all queries being in `column`."""
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _masked(logits: Tensor, mask: Tensor | None, own: int) -> Tensor:
+    """Logits (B, H, L, n) of queries, the first of which is the key in column `own`."""
     lowest = torch.finfo(logits.dtype).min
     if mask is not None:
         return logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp(min=lowest)
     length, n = logits.shape[2:]
-    own = column + start + torch.arange(length, device=logits.device)
-    return logits.masked_fill(torch.arange(n, device=logits.device) > own.unsqueeze(1), lowest)
+    columns = torch.arange(n, device=logits.device)
+    return logits.masked_fill(columns > own + torch.arange(length, device=logits.device).unsqueeze(1), lowest)
 
 
 class _Piece(NamedTuple):
@@ -450,7 +457,8 @@ def synaptic_attention_forward(
     if position_ids is not None and position_ids.dim() != 2:
         position_ids = None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return synapse(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, cache), None
+    call = AttentionCall(module, query, key, value, attention_mask, scaling, dropout, softcap)
+    return synapse(call, position_ids, cache), None
 
 
 def register_synaptic_attention() -> None:
@@ -511,9 +519,11 @@ def _hand_over_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 __all__ = [
     "HEAD_MOLECULES",
     "SYNAPTIC",
+    "AttentionCall",
     "AttentionSynapse",
     "attach_attention_synapses",
     "attention_layers",
+    "plain_attention",
     "register_synaptic_attention",
     "synaptic_attention_forward",
 ]

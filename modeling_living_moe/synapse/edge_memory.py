@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from living_moe.configuration.errors import ConfigurationError
-from living_moe.modeling_living_moe.synapse.texts import SynapseLayer
+from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, count_tokens, one_text_per_row
 
 
 class EdgeMemory(SynapseLayer):
@@ -96,7 +96,7 @@ class Chunks:
         past: Of the W columns, how many are the cache's.
         ranges: Per chunk the first of the columns that its tokens are in, in any row, and the one behind the last.
         count: int64 (B or 1, P + S), number of each token in its text, from 1; padding carries its predecessor's.
-        real: Bool (B, S), False for padding; None when there is none.
+        real: Bool (B, S), False for padding; None where plain.
         plain: Whether chunk j is the columns from j c on in all rows, all of them at rest when the pass begins.
         last_is_full: plain: whether the last chunk has c tokens.
         member: int64 (B, W), chunk of each token, J for padding and what is in a closed chunk.
@@ -134,20 +134,11 @@ def read_chunks(
         memory: Of the tokens before; None when these are the first.
     """
     batch, tokens = shape
-    if real is not None and bool(real.all()):
-        real = None
-    inner_start = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
-    if memory is None and real is None and not inner_start:
+    if memory is None and one_text_per_row(real, position_ids):
         ranges = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         count = torch.arange(1, tokens + 1, device=device).unsqueeze(0)
         return Chunks(0, ranges, count, last_is_full=tokens % chunk == 0)
-    here = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real.to(device)
-    start = torch.zeros_like(here)
-    if position_ids is not None:
-        start = (position_ids.to(device).expand(shape) == 0) & here
-    so_far = here.long().cumsum(1)
-    before = torch.where(start, so_far - 1, 0).cummax(1).values
-    count = so_far - before
+    here, start, _, count = count_tokens(shape, device, real, position_ids)
     open_W, past = here, 0
     if memory is not None:
         assert memory.keys is not None
@@ -180,7 +171,7 @@ def read_chunks(
         past,
         list(zip(lowest[:number].tolist(), highest[:number].tolist(), strict=True)),
         count,
-        real,
+        here,
         plain=False,
         member=member,
         slot=slot,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,6 +165,41 @@ class Texts:
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
 
+def one_text_per_row(real: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether a pass without a past has neither padding nor a text that begins within a row."""
+    padded = real is not None and not bool(real.all())
+    return not padded and (position_ids is None or not bool((position_ids[:, 1:] == 0).any()))
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of a pass counted, each (B, S).
+
+    Attributes:
+        real: Bool, False for padding.
+        start: Bool, the first tokens of texts that begin in the pass.
+        in_row: int64, real tokens of the row up to and with this one.
+        in_text: int64, those of its text in this pass.
+    """
+
+    real: Tensor
+    start: Tensor
+    in_row: Tensor
+    in_text: Tensor
+
+
+def count_tokens(
+    shape: tuple[int, int], device: torch.device, real: Tensor | None, position_ids: Tensor | None
+) -> TokenCounts:
+    """Count the tokens of a pass; arguments as of `read_texts`."""
+    real = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real.to(device)
+    start = torch.zeros_like(real)
+    if position_ids is not None:
+        start = (position_ids.to(device).expand(shape) == 0) & real
+    in_row = real.long().cumsum(1)
+    before = torch.where(start, in_row - 1, 0).cummax(1).values
+    return TokenCounts(real, start, in_row, in_row - before)
+
+
 def read_texts(
     shape: tuple[int, int],
     chunk: int,
@@ -183,18 +218,11 @@ def read_texts(
         history: What the cache keeps; None when these tokens are the first.
     """
     batch, tokens = shape
-    inner_start = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
-    padded = mask is not None and not bool(mask.all())
-    if history is None and not padded and not inner_start:
+    if history is None and one_text_per_row(mask, position_ids):
         return Texts(shape, (batch, -(-tokens // chunk), chunk), True, tokens % chunk == 0)
-    real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-    start = torch.zeros_like(real)
-    if position_ids is not None:
-        start = (position_ids.to(device).expand(shape) == 0) & real
-    so_far = real.long().cumsum(1)
-    begins = (start & (so_far == 1)).any(1)
+    real, start, in_row, in_text = count_tokens(shape, device, mask, position_ids)
+    begins = (start & (in_row == 1)).any(1)
     text = (start.long().cumsum(1) - begins.long().unsqueeze(1)).clamp(min=0)
-    before = torch.where(start, so_far - 1, 0).cummax(1).values
     goes_on = ~begins
     origin = torch.zeros(batch, dtype=torch.int64, device=device)
     past = origin
@@ -205,7 +233,7 @@ def read_texts(
         if history.state is not None:
             origin = past // chunk * chunk
     own = text == 0
-    count = so_far - before + torch.where(own, past.unsqueeze(1), 0)
+    count = in_text + torch.where(own, past.unsqueeze(1), 0)
     slot = count - 1 - torch.where(own, origin.unsqueeze(1), 0)
     texts = int(text.max()) + 1
     longest = int(torch.maximum(torch.where(real, slot + 1, 0).amax(), (past - origin).amax()))
@@ -276,4 +304,14 @@ def kept_of(history: SynapseLayer) -> Tensor:
     return history.keys[:, 0, :, _HEAD:]
 
 
-__all__ = ["SynapseLayer", "Texts", "kept_of", "read_texts", "remember_texts", "synapse_layer"]
+__all__ = [
+    "SynapseLayer",
+    "Texts",
+    "TokenCounts",
+    "count_tokens",
+    "kept_of",
+    "one_text_per_row",
+    "read_texts",
+    "remember_texts",
+    "synapse_layer",
+]

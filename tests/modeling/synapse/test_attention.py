@@ -1,12 +1,10 @@
 """Synaptic attention: nothing at strength 0, else the loops it abbreviates, in any backbone."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from factories import VOCAB, living_model, logits, source_config, source_model, token_ids
+from factories import VOCAB, living_model, logits, source_config, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synaptic_models import CACHED, excite_attention, in_pieces
@@ -20,11 +18,15 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.olmoe import OlmoeConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 
-import living_moe
 from living_moe import LivingMoeConfig, LivingMoeForCausalLM, attach_attention_synapses
-from living_moe.configuration.errors import ConfigurationError, ConversionError
+from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import SynapseConfig
-from living_moe.modeling_living_moe.synapse.attention import AttentionSynapse, attention_layers
+from living_moe.modeling_living_moe.synapse.attention import (
+    AttentionCall,
+    AttentionSynapse,
+    attention_layers,
+    plain_attention,
+)
 from living_moe.modeling_living_moe.synapse.edge_memory import RemembersEdges
 from living_moe.modeling_living_moe.synapse.presynaptic import (
     VESICLES,
@@ -36,7 +38,6 @@ from living_moe.modeling_living_moe.synapse.presynaptic import (
     sum_up,
 )
 from living_moe.modeling_living_moe.synapse.router import FIRST_RELEASE, GAIN_TIME
-from living_moe.training.optimizers import LivingAdamW
 
 LIVING = ("mixtral", "qwen3_moe", "deepseek_v3")
 
@@ -83,21 +84,6 @@ SHARED = synaptic()
 # -- off is off --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", LIVING)
-@pytest.mark.parametrize("padded", [False, True])
-def test_at_strength_zero_logits_of_a_graft_are_bitwise_those_without(family: str, padded: bool) -> None:
-    plain, model = living_model(family), synaptic(family, strength=0.0)
-    ids = token_ids(3, 30)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :7] = 0
-    for reads in (torch.no_grad(), torch.enable_grad()):
-        with reads:
-            found, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (model, plain))
-        assert torch.equal(found, expected)
-    assert not torch.equal(logits(synaptic(family), ids), logits(plain, ids))
-
-
 @pytest.mark.parametrize("name", sorted(FOREIGN))
 def test_at_strength_zero_any_backbone_is_bitwise_as_before(name: str) -> None:
     ids = token_ids(3, 30)
@@ -116,27 +102,6 @@ def test_with_nothing_to_hear_any_backbone_is_as_before(name: str) -> None:
     for layer in attention_layers(model):
         layer.synapse.settings.attention_chunk = 64
     assert (logits(model, ids) - logits(foreign_model(name, "eager"), ids)).abs().max() <= CACHED
-
-
-def test_without_synapses_there_is_nothing_of_them() -> None:
-    model = living_model("mixtral")
-    assert not [name for name in model.state_dict() if "synapse" in name]
-    assert model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("family", LIVING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graft_with_attention_synapses_is_verified_exact_and_of_the_sources_dtype(
-    family: str, dtype: torch.dtype
-) -> None:
-    model = living_moe.convert(source_model(family).to(dtype), preset="grow", synapse={"attention": True})
-    assert model.config._attn_implementation == model.config.backbone_config._attn_implementation == "synaptic"
-    layers = attention_layers(model)
-    assert len(layers) == model.config.num_hidden_layers
-    for layer in layers:
-        assert {parameter.dtype for parameter in layer.synapse.parameters()} == {dtype}
-        assert not layer.synapse.strength.any() and not layer.synapse.expression.any()
-    assert model.graft_verification.max_difference == 0.0
 
 
 @pytest.mark.parametrize("family", LIVING)
@@ -254,13 +219,14 @@ def test_the_fast_path_is_the_loops_forward_and_backward(chunk: int, window: int
         mask = ((far >= 0) & (far < window))[None, None]
     weight = torch.randn(tokens, 2, 4, generator=torch.Generator().manual_seed(3))
     learned = [*given, *synapse.parameters()]
-    fast = synapse(Layer(), *given, mask, 0.5)[0]
+    call = AttentionCall(Layer(), *given, mask, 0.5)
+    fast = synapse(call)[0]
     slow = looped(synapse, *given, lambda t, j: j <= t and (window is None or t - j < window))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     gradients = [torch.autograd.grad((out * weight).sum(), learned) for out in (fast, slow)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
-    without = synapse._without(Layer(), *given, mask, 0.5, 0.0, None)[0]
+    without = plain_attention(call)[0]
     assert (fast - without).abs().max() > 0.05
 
 
@@ -270,15 +236,15 @@ def error_of_chunks(turn: float, chunk: int, skipped: int = 64) -> tuple[float, 
     Random queries, the worst case, of two heads of 512 tokens, the first of which are left out: where there are few
     keys to choose from all of them are driven hard, and a first chunk hears nothing.
     """
-    given = [t.detach() for t in inputs(512, groups=2, width=16)]
+    call = AttentionCall(Layer(), *(t.detach() for t in inputs(512, groups=2, width=16)), None, 0.25)
     outputs = []
     with torch.no_grad():
         for length in (1, chunk):
             synapse = AttentionSynapse(
                 SynapseConfig(attention=True, strength=1.0, attention_turn=turn, attention_chunk=length), 2
             )
-            outputs.append(synapse(Layer(), *given, None, 0.25)[:, skipped:])
-        plain = synapse._without(Layer(), *given, None, 0.25, 0.0, None)[:, skipped:]
+            outputs.append(synapse(call)[:, skipped:])
+        plain = plain_attention(call)[:, skipped:]
     size = (outputs[0] - plain).square().mean().sqrt()
     return float((outputs[1] - outputs[0]).square().mean().sqrt() / size), float(size)
 
@@ -301,8 +267,8 @@ def test_a_key_in_use_is_primed_and_then_tires() -> None:
     key[:, :, 0], value[:, :, 0] = 1.5, 1.0
     synapse = AttentionSynapse(SynapseConfig(attention=True, strength=2.0, attention_chunk=1, attention_barrier=0.0), 1)
     with torch.no_grad():
-        share = synapse(Layer(), query, key, value, None, 0.5)[0, :, 0, 0]
-        plain = synapse._without(Layer(), query, key, value, None, 0.5, 0.0, None)[0, :, 0, 0]
+        call = AttentionCall(Layer(), query, key, value, None, 0.5)
+        share, plain = synapse(call)[0, :, 0, 0], plain_attention(call)[0, :, 0, 0]
     odds = torch.log(share[1:] / (1 - share[1:])) - torch.log(plain[1:] / (1 - plain[1:]))
     assert odds[0] > 1 and odds[2:].max() < -2
 
@@ -315,7 +281,8 @@ def test_the_barrier_weakens_what_is_far_by_its_distance_alone() -> None:
     for tokens in (21, 41):
         query, key = torch.zeros(1, 1, tokens, 4), torch.zeros(1, 1, tokens, 4)
         with torch.no_grad():
-            found.append(synapse(Layer(), query, key, torch.eye(tokens)[None, None], None, 0.5)[0, 20, 0, :21].log())
+            call = AttentionCall(Layer(), query, key, torch.eye(tokens)[None, None], None, 0.5)
+            found.append(synapse(call)[0, 20, 0, :21].log())
     torch.testing.assert_close(found[0], found[1])
     distance = torch.arange(20, -1, -1.0)
     expected = -2.0 * 0.7 * 0.5 * distance / (distance + 10.0)
@@ -406,52 +373,6 @@ def test_gradients_reach_every_component_of_every_layer(family: str, chunk: int)
         assert (layer.synapse.strength.grad.abs() > 0).all()
 
 
-def test_strength_leaves_zero_by_its_own_gradient_and_the_rest_trains_as_without() -> None:
-    ids, gradients, losses = token_ids(2, 40), [], []
-    for model in (living_model("mixtral"), synaptic(strength=0.0)):
-        loss = model.train()(ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert torch.equal(*losses)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1].pop(name), gradient, rtol=1e-3, atol=1e-6)
-    assert all((gradient.abs() > 0).all() for name, gradient in gradients[1].items() if "strength" in name)
-    assert len([name for name in gradients[1] if "strength" in name]) == 2
-
-
-@pytest.mark.parametrize("mode", ["expectation", "stochastic"])
-def test_gradient_checkpointing_recomputes_the_same_pass(mode: str) -> None:
-    ids, gradients, losses = token_ids(2, 20), [], []
-    for checkpointing in (False, True):
-        model = synaptic(mode=mode, stochastic_share=1.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(losses[0], losses[1])
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6)
-
-
-def test_stochastic_release_is_drawn_in_training_only_and_anew_each_step() -> None:
-    model = synaptic(mode="stochastic", stochastic_share=1.0)
-    ids = token_ids(2, 20)
-    assert torch.equal(logits(model, ids), logits(SHARED, ids))
-    model.train()
-    first = logits(model, ids)
-    assert torch.equal(logits(model, ids), first)
-    assert not torch.equal(first, logits(SHARED, ids))
-    optimizer = LivingAdamW(model, lr=0.0)
-    model(ids, labels=ids).loss.backward()
-    assert all((layer.synapse.expression.grad.abs().amax(dim=0) > 1e-9).all() for layer in attention_layers(model))
-    optimizer.step()
-    model.lifecycle_step(optimizer)
-    assert not torch.equal(logits(model, ids), first)
-
-
 def test_stochastic_release_in_any_backbone_draws_by_torchs_seed() -> None:
     model = attached("llama", 1.5, mode="stochastic", stochastic_share=1.0).train()
     found = []
@@ -470,17 +391,6 @@ def test_the_switch_decides_over_synapses_and_not_that_of_attention() -> None:
         assert {on for name, on in trains.items() if ".synapse." not in name} == {not synapses}
 
 
-def test_an_optimizer_trains_synapses() -> None:
-    model = synaptic(strength=0.5).train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "synapse" in name}
-    optimizer = LivingAdamW(model, lr=1e-2)
-    ids = token_ids(2, 30)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    assert len(before) == 2 * 3
-    assert all(not torch.equal(dict(model.named_parameters())[name], old) for name, old in before.items())
-
-
 def test_dropout_is_attentions_own() -> None:
     model = attached("llama", 1.5).train()
     for layer in attention_layers(model):
@@ -494,19 +404,6 @@ def test_dropout_is_attentions_own() -> None:
 
 
 # -- saving, leaving, events -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", LIVING)
-def test_saving_and_loading_keep_attention_synapses(family: str, tmp_path: Path) -> None:
-    model, ids = synaptic(family), token_ids(2, 24)
-    model.save_pretrained(tmp_path)
-    loaded = LivingMoeForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config._attn_implementation == "synaptic"
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
-    other = synaptic(family, strength=0.0)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other, ids), logits(model, ids))
-    assert torch.equal(logits(copy.deepcopy(model), ids), logits(model, ids))
 
 
 def test_what_is_attached_to_any_backbone_is_in_its_state_dict() -> None:
@@ -524,38 +421,7 @@ def test_another_implementation_leaves_synapses_out() -> None:
     assert torch.equal(logits(model, ids), logits(SHARED, ids))
 
 
-@pytest.mark.parametrize("family", LIVING)
-def test_splits_are_exact_with_attention_synapses_at_work(family: str) -> None:
-    model, ids = synaptic(family), token_ids(3, 24)
-    before = logits(model, ids)
-    for layer in range(len(model.expert_counts)):
-        for uid in model.expert_uids(layer):
-            model.split_expert(layer, uid)
-    assert (logits(model, ids) - before).abs().max() <= 1e-6 * before.abs().max() * 5
-
-
-def test_an_export_of_synapses_at_work_is_refused_and_of_idle_ones_exact(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="attention of layer 0 has synapses"):
-        living_moe.export(synaptic(), tmp_path / "no")
-    exported = living_moe.export(synaptic(strength=0.0), tmp_path / "yes")
-    ids = token_ids(2, 12)
-    assert torch.equal(logits(exported, ids), logits(living_model("mixtral"), ids))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "yes").config._attn_implementation == "sdpa"
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"attention_chunk": 0}, {"attention_top_k": 0}, {"attention_turn": 0.5}, {"attention_barrier": -0.1},
-        {"attention_barrier_length": 0.0}, {"attention_chunks": 4},
-    ],
-)  # fmt: skip
-def test_values_without_sense_are_refused(section: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="synapse"):
-        SynapseConfig(**section)
 
 
 def test_the_implementation_without_synapses_says_how_to_get_them() -> None:
@@ -598,9 +464,4 @@ def test_a_cache_that_another_implementation_began_is_refused() -> None:
 
 def test_another_number_of_heads_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="3 heads"):
-        module(heads=2)(Layer(), *inputs(4, heads=3), None, 0.5)
-
-
-def test_continuous_batching_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="continuous batching"):
-        SHARED.init_continuous_batching()
+        module(heads=2)(AttentionCall(Layer(), *inputs(4, heads=3), None, 0.5))

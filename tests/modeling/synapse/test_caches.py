@@ -1,7 +1,6 @@
 """Synapses along a text: the same in pieces, batches, beams, with padding and cropped caches, as read at once."""
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from factories import living_model, logits, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synaptic_models import BUILD, CACHED, in_pieces
+from synaptic_models import BUILD, CACHED, in_pieces, shared
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -24,12 +23,6 @@ OF_LONG: dict[str, dict[str, Any]] = {
     "both": dict(chunk=16, **EDGES, **LONG),
 }
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-
-
-@cache
-def shared(kind: str) -> LivingMoeForCausalLM:
-    """A model that tests only read."""
-    return BUILD[kind]()
 
 
 @pytest.fixture(params=KINDS)

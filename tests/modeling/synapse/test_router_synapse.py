@@ -1,12 +1,10 @@
 """Router synapses in whole models: nothing when off, memory when on, the same after events."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from factories import drift, live, living_model, logits, relative_difference, source_model, token_ids
+from factories import drift, live, living_model, logits, source_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synaptic_models import CACHED, in_pieces
@@ -16,7 +14,7 @@ from transformers import DynamicCache
 
 import living_moe
 from living_moe import LivingMoeForCausalLM
-from living_moe.configuration.errors import ConfigurationError, ConversionError, LivingMoeError
+from living_moe.configuration.errors import ConfigurationError, LivingMoeError
 from living_moe.configuration.sections import SynapseConfig
 from living_moe.modeling_living_moe import router
 from living_moe.modeling_living_moe.population import Population
@@ -29,25 +27,6 @@ SHARED = synaptic()
 
 
 # -- off is off --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_at_strength_zero_logits_are_bitwise_those_without_synapses(family: str) -> None:
-    plain, model = living_model(family), synaptic(family, strength=0.0)
-    ids = token_ids(3, 30)
-    assert torch.equal(logits(model, ids), logits(plain, ids))
-    assert not torch.equal(logits(synaptic(family), ids), logits(plain, ids))
-
-
-def test_without_synapses_there_is_nothing_of_them() -> None:
-    model = living_model("mixtral")
-    assert not [name for name in model.state_dict() if "synapse" in name]
-
-
-def test_a_graft_with_synapses_is_verified_exact() -> None:
-    model = living_moe.convert(source_model("mixtral"), preset="synaptic-router")
-    assert model.config.synapse.router
-    assert all(float(block.router.synapse.strength) == 0 for block in model.living_blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,56 +76,6 @@ def test_all_scores_keep_their_gradients_however_many_they_are(events: int, monk
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
-
-
-def test_strength_leaves_zero_by_its_own_gradient() -> None:
-    model = synaptic(strength=0.0).train()
-    ids = token_ids(2, 40)
-    model(ids, labels=ids).loss.backward()
-    assert all(block.router.synapse.strength.grad.abs() > 0 for block in model.living_blocks)
-
-
-@pytest.mark.parametrize("mode", ["expectation", "stochastic"])
-def test_gradient_checkpointing_recomputes_the_same_pass(mode: str) -> None:
-    ids, gradients, losses = token_ids(2, 20), [], []
-    for checkpointing in (False, True):
-        model = synaptic(mode=mode, stochastic_share=1.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(losses[0], losses[1])
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6)
-
-
-def test_stochastic_release_is_drawn_in_training_only_and_anew_each_step() -> None:
-    model = synaptic(mode="stochastic", stochastic_share=1.0)
-    expected = synaptic()
-    ids = token_ids(2, 20)
-    assert torch.equal(logits(model, ids), logits(expected, ids))
-    model.train()
-    first = logits(model, ids)
-    assert torch.equal(logits(model, ids), first)
-    assert not torch.equal(first, logits(expected.train(), ids))
-    optimizer = LivingAdamW(model, lr=0.0)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    model.lifecycle_step(optimizer)
-    assert not torch.equal(logits(model, ids), first)
-
-
-def test_an_optimizer_trains_synapses() -> None:
-    model = synaptic(strength=0.5).train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "synapse" in name}
-    optimizer = LivingAdamW(model, lr=1e-2)
-    ids = token_ids(2, 30)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    assert len(before) == 2 * 3
-    assert all(not torch.equal(dict(model.named_parameters())[name], old) for name, old in before.items())
 
 
 def test_the_switch_decides_over_synapses() -> None:
@@ -271,24 +200,6 @@ def test_laying_out_and_gathering_give_back_every_real_token(tokens: int, pads: 
 # -- population --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_splits_are_exact_with_synapses_at_work(family: str) -> None:
-    model = synaptic(family)
-    ids = token_ids(3, 24)
-    before = logits(model, ids)
-    for _ in range(2):
-        for layer in range(len(model.expert_counts)):
-            for uid in model.expert_uids(layer):
-                model.split_expert(layer, uid)
-        assert relative_difference(logits(model, ids), before) <= 1e-6
-    drift(model, 3, std=0.1)
-    before = logits(model, ids)
-    for layer in range(len(model.expert_counts)):
-        for uid in model.expert_uids(layer)[::3]:
-            model.split_expert(layer, uid)
-    assert relative_difference(logits(model, ids), before) <= 1e-6
-
-
 def test_a_newborn_inherits_expression_and_the_optimizers_memory_of_it() -> None:
     model = synaptic().train()
     optimizer = LivingAdamW(model)
@@ -350,21 +261,6 @@ def test_an_address_keeps_its_expression_when_its_expert_dies() -> None:
     logits(model, token_ids(2, 12))
 
 
-def test_saving_and_loading_keep_synapses_of_a_population_with_a_past(tmp_path: Path) -> None:
-    model = synaptic()
-    newborn = model.split_expert(0, 3).children[0]
-    model.freeze_expert(1, 2)
-    drift(model, 1, std=0.1)
-    model.remove_expert(0, newborn)
-    ids = token_ids(2, 24)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(LivingMoeForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
-    other = synaptic(seed=5)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other, ids), logits(model, ids))
-    assert torch.equal(logits(copy.deepcopy(model), ids), logits(model, ids))
-
-
 def test_a_cache_from_before_an_event_is_refused() -> None:
     model = synaptic()
     cache = DynamicCache(config=model.config)
@@ -377,34 +273,9 @@ def test_a_cache_from_before_an_event_is_refused() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"chunk": 0}, {"mode": "expectations"}, {"epsilon": 0.0}, {"stochastic_share": 0.0}, {"strength": 11.0},
-        {"seed": -1}, {"chunks": 4},
-    ],
-)  # fmt: skip
-def test_values_without_sense_are_refused(section: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="synapse"):
-        SynapseConfig(**section)
-
-
 def test_searched_routers_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="router.search"):
         living_model("mixtral", "synaptic-router", sections={"router": {"search": "two_stage"}})
-
-
-def test_continuous_batching_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="continuous batching"):
-        SHARED.init_continuous_batching()
-
-
-def test_an_export_of_synapses_at_work_is_refused_and_of_idle_ones_exact(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="synapses"):
-        living_moe.export(synaptic(), tmp_path / "no")
-    exported = living_moe.export(synaptic(strength=0.0), tmp_path / "yes")
-    ids = token_ids(2, 12)
-    assert torch.equal(logits(exported, ids), logits(living_model("mixtral"), ids))
 
 
 def test_tokens_with_no_text_given_are_one_text() -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from living_moe.configuration.sections import ReceptiveFieldConfig
 from living_moe.modeling_living_moe.deltas import FieldDelta
-from living_moe.modeling_living_moe.evidence import EvidenceLayer, evidence_history, linear_recurrence, remember
+from living_moe.modeling_living_moe.field_evidence import EvidenceLayer, evidence_history, linear_recurrence, remember
 from living_moe.modeling_living_moe.receptive_field import FieldGate, ReceptiveFields
 
 VOCAB = 40
