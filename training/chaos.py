@@ -15,6 +15,7 @@ N sites, B trajectories, S steps, W symbols of context.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import datasets
@@ -97,8 +98,8 @@ def entropy_rate(
 ) -> float:
     """Nats of new information a step, on average: the sum of the positive Lyapunov exponents of each trajectory.
 
-    By Pesin's identity the entropy rate of the finest symbols, so a bound from below for the loss of any learner that
-    sees all sites, and nearly so for one that sees the first. Exponents by QR (Benettin et al. 1980).
+    By Pesin's identity the entropy rate of symbols that tell all points apart in the long run, however coarse, and so
+    the least loss of a learner that has seen all of their past. Exponents by QR (Benettin et al. 1980).
 
     Args:
         As `chaotic_symbols`.
@@ -114,6 +115,34 @@ def entropy_rate(
             sums_BN += upper_BNN.diagonal(dim1=1, dim2=2).abs().clamp_min(1e-300).log()
         x_BN = _moved(x_BN, r_B1, coupling)
     return float((sums_BN / steps).clamp_min(0).sum(dim=1).mean())
+
+
+def least_loss(context: int, trajectories: int, steps: int, **settings: Any) -> float:
+    """Nats of the next symbol that its last `context` do not tell: what no predictor from them can fall below.
+
+    The conditional entropy of all windows of a sample, by counting them (Miller and Madow 1955). Too few windows make
+    it smaller than it is, never much larger: a sample of 10 windows per word that occurs is enough.
+
+    Args:
+        context: W.
+        settings: As `chaotic_symbols`.
+
+    Raises:
+        TrainingError: Words of W + 1 symbols are more than int64 can number, or a setting is out of its range.
+    """
+    symbols = settings.get("symbols", 32)
+    if context < 0 or (context + 1) * math.log2(symbols) > 63:
+        raise TrainingError(f"least_loss: context must be in [0, {int(63 / math.log2(symbols)) - 1}], got {context}.")
+    windows = chaotic_symbols(trajectories, steps + context, **settings).unfold(1, context + 1, 1).flatten(0, 1)
+    known = (windows[:, :-1] * symbols ** torch.arange(context)).sum(1)
+    return _entropy(known * symbols + windows[:, -1]) - _entropy(known)
+
+
+def _entropy(words: Tensor) -> float:
+    """Nats of a sample of words, int64 (any,)."""
+    counts = words.unique(return_counts=True)[1].double()
+    share = counts / counts.sum()
+    return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * counts.sum()))
 
 
 def chaotic_dataset(trajectories: int, steps: int, *, block_size: int, **settings: Any) -> datasets.Dataset:
@@ -133,4 +162,4 @@ def chaotic_dataset(trajectories: int, steps: int, *, block_size: int, **setting
     return datasets.Dataset.from_dict({"input_ids": rows.tolist()})
 
 
-__all__ = ["chaotic_dataset", "chaotic_symbols", "entropy_rate"]
+__all__ = ["chaotic_dataset", "chaotic_symbols", "entropy_rate", "least_loss"]

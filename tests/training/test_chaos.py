@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from living_moe.configuration.errors import TrainingError
-from living_moe.training.chaos import chaotic_dataset, chaotic_symbols, entropy_rate
+from living_moe.training.chaos import chaotic_dataset, chaotic_symbols, entropy_rate, least_loss
 
 
 def test_a_lone_site_is_the_logistic_map() -> None:
@@ -40,24 +40,29 @@ def test_lone_sites_make_new_information_each_on_its_own() -> None:
     assert entropy_rate(20, 2000, sites=1, growth=(2.5, 3.4), coupling=0.0) == pytest.approx(0.0, abs=0.01)
 
 
-def conditional_entropy(symbols: torch.Tensor, context: int) -> float:
-    """Of the next symbol given the last `context`, nats, from counts."""
-    windows = symbols.unfold(1, context + 1, 1).reshape(-1, context + 1)
-    base = int(symbols.max()) + 1
-
-    def entropy(rows: torch.Tensor) -> float:
-        codes = (rows * base ** torch.arange(rows.shape[1])).sum(dim=1)
-        share = torch.unique(codes, return_counts=True)[1].double() / len(rows)
-        return float(-(share * share.log()).sum())
-
-    return entropy(windows) - entropy(windows[:, :-1])
-
-
 def test_more_past_tells_more_but_never_everything() -> None:
-    symbols = chaotic_symbols(200, 1000, symbols=8)
-    found = [conditional_entropy(symbols, context) for context in (0, 1, 2, 3)]
+    found = [least_loss(context, 200, 1000, symbols=8) for context in (0, 1, 2, 3)]
     assert math.log(8) > found[0] > found[1] + 0.1 > found[2] + 0.1
     assert found[3] > entropy_rate(200, 1000)
+
+
+def test_the_least_loss_of_maps_that_are_solved() -> None:
+    """At r = 4 halves of the logistic map are fair coins, whatever their past; a period of two is known after one."""
+    lone = {"sites": 1, "coupling": 0.0, "symbols": 2}
+    for context in (1, 6):
+        coins = least_loss(context, 500, 200, growth=(4.0, 4.0), **lone)
+        assert coins == pytest.approx(math.log(2), abs=2e-3)
+        assert coins == pytest.approx(entropy_rate(500, 200, sites=1, growth=(4.0, 4.0), coupling=0.0), abs=5e-3)
+    period = {**lone, "symbols": 16, "growth": (3.2, 3.2)}
+    assert least_loss(0, 500, 20, **period) == pytest.approx(math.log(2), abs=1e-3)
+    assert least_loss(1, 500, 20, **period) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_few_windows_do_not_make_the_least_loss_larger() -> None:
+    """Against words that are all there many times over, of two steps of 32 symbols."""
+    enough = least_loss(2, 4000, 500)
+    assert least_loss(2, 50, 100) < enough + 0.01
+    assert least_loss(2, 1000, 500) == pytest.approx(enough, abs=0.01)
 
 
 def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
@@ -75,3 +80,6 @@ def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
         chaotic_symbols(**{"trajectories": 1, "steps": 4, **wrong})
     with pytest.raises(TrainingError, match="block_size"):
         chaotic_dataset(1, 4, block_size=5)
+    for context in (-1, 12):
+        with pytest.raises(TrainingError, match="context must be in .0, 11."):
+            least_loss(context, 1, 4)
