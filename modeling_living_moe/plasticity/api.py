@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from living_moe.configuration.errors import ConfigurationError, PopulationError
+from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.plasticity.gravity import consolidate
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
+from living_moe.modeling_living_moe.population import Member
+from living_moe.modeling_living_moe.row_snapshots import Snapshot, restore_rows, snapshot_rows
 
 
 class PlasticityMixin:
@@ -126,30 +128,16 @@ class PlasticityMixin:
 
     def key_snapshot(self) -> list[dict[int, Tensor]]:
         """Copies of all keys, (D,) each: per living layer, by uid."""
-        snapshot = []
-        for block in self.living_blocks:
-            keys = block.router.keys
-            snapshot.append({m.uid: keys[m.slab].detach()[m.row].clone() for m in block.population.members})
-        return snapshot
+        return [{uid: key for uid, (key,) in rows.items()} for rows in snapshot_rows(self.living_blocks, _key)]
 
-    @torch.no_grad()
     def restore_keys(self, snapshot: Sequence[dict[int, Tensor]]) -> None:
         """Put keys back where a snapshot has them; usage stays. Experts born since keep theirs.
 
         Raises:
             PopulationError: The snapshot is of another model.
         """
-        blocks = self.living_blocks
-        if len(snapshot) != len(blocks):
-            raise PopulationError(f"the snapshot has {len(snapshot)} layers, the model {len(blocks)}.")
-        for layer, (block, rows) in enumerate(zip(blocks, snapshot, strict=True)):
-            wrong = [uid for uid, key in rows.items() if key.shape != (block.router.d_key,)]
-            if wrong:
-                raise PopulationError(f"layer {layer}: the snapshot's keys of {wrong} are not of length d_key.")
-        for block, rows in zip(blocks, snapshot, strict=True):
-            for member in block.population.members:
-                if member.uid in rows:
-                    block.router.keys[member.slab][member.row] = rows[member.uid].to(block.router.keys[member.slab])
+        rows: Snapshot = [{uid: (key,) for uid, key in layer.items()} for layer in snapshot]
+        restore_rows(self.living_blocks, rows, _key, "keys")
 
     def _require_plasticity(self) -> None:
         if not self.config.plasticity.enabled:
@@ -160,6 +148,10 @@ class PlasticityMixin:
                 # Tables made under inference_mode could not be changed outside of it.
                 with torch.inference_mode(False):
                     block.plasticity = KeyPlasticity(block.capacities(), block.router.d_key).to(device)
+
+
+def _key(block: LivingMoeBlock, member: Member) -> tuple[Tensor]:
+    return (block.router.keys[member.slab].detach()[member.row],)
 
 
 __all__ = ["PlasticityMixin"]

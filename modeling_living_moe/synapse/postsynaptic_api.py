@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from living_moe.configuration.errors import ConfigurationError, PopulationError
+from living_moe.configuration.errors import ConfigurationError
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.distributed import sum_over_ranks, world_size
+from living_moe.modeling_living_moe.population import Member
+from living_moe.modeling_living_moe.row_snapshots import Snapshot, restore_rows, snapshot_rows
 from living_moe.modeling_living_moe.synapse.fast_weights import fold
 from living_moe.modeling_living_moe.synapse.postsynaptic import SHOWN, Evidence, Postsynapse
-
-#: Of one expert: its fast gains (I) and its eligibility trace (H, R).
-FastWeights = tuple[Tensor, Tensor]
 
 
 class PostsynapticMixin:
@@ -59,43 +58,19 @@ class PostsynapticMixin:
         )
         return shown
 
-    def fast_snapshot(self) -> list[dict[int, FastWeights]]:
-        """Copies of all fast weights: per living layer, by uid."""
-        snapshot: list[dict[int, FastWeights]] = []
-        for block in self.living_blocks:
-            side = self._require_postsynapse(block)
-            tables = {slab: side.table(slab) for slab in block.population.alive}
-            rows = {m.uid: (tables[m.slab].gain[m.row], tables[m.slab].trace[m.row]) for m in block.population.members}
-            snapshot.append({uid: (gain.clone(), trace.clone()) for uid, (gain, trace) in rows.items()})
-        return snapshot
+    def fast_snapshot(self) -> Snapshot:
+        """Copies of all fast weights: per living layer, by uid, its fast gains (I) and its eligibility trace (H, R)."""
+        return snapshot_rows(self.living_blocks, self._fast_weights)
 
-    @torch.no_grad()
-    def restore_fast(self, snapshot: Sequence[dict[int, FastWeights]]) -> None:
+    def restore_fast(self, snapshot: Snapshot) -> None:
         """Put fast weights back where a snapshot has them; slow weights stay. Experts born since keep theirs.
 
         Raises:
             PopulationError: The snapshot is of another model.
         """
-        blocks = self.living_blocks
-        if len(snapshot) != len(blocks):
-            raise PopulationError(f"the snapshot has {len(snapshot)} layers, the model {len(blocks)}.")
-        todo: list[tuple[Tensor, Tensor]] = []
-        for block, rows in zip(blocks, snapshot, strict=True):
-            side = self._require_postsynapse(block)
+        restore_rows(self.living_blocks, snapshot, self._fast_weights, "fast weights")
+        for _, side in self._postsynapses():
             side.forget()
-            for member in block.population.members:
-                if member.uid not in rows:
-                    continue
-                table = side.table(member.slab)
-                for new, own in zip(rows[member.uid], (table.gain[member.row], table.trace[member.row]), strict=True):
-                    if new.shape != own.shape:
-                        raise PopulationError(
-                            f"layer {block.layer}: the snapshot's fast weights of uid {member.uid} have shape "
-                            f"{tuple(new.shape)}, the model's {tuple(own.shape)}."
-                        )
-                    todo.append((own, new))
-        for own, new in todo:
-            own.copy_(new)
 
     def forget_fast(self) -> None:
         """Experts compute with their slow weights alone again; what has been consolidated stays."""
@@ -114,6 +89,10 @@ class PostsynapticMixin:
                 fast = table.gain[:count], table.trace[:count]
                 down[:count] = fold(down.detach()[:count], *fast, 1.0, side.settings.postsynaptic_gain)[0]
             side.clear()
+
+    def _fast_weights(self, block: LivingMoeBlock, member: Member) -> tuple[Tensor, Tensor]:
+        table = self._require_postsynapse(block).table(member.slab)
+        return table.gain[member.row], table.trace[member.row]
 
     def _require_postsynapse(self, block: LivingMoeBlock) -> Postsynapse:
         if block.postsynaptic is None:
