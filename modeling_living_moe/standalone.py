@@ -60,8 +60,9 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
 
         events = layer.lifecycle_step(optimizer)
 
-    With several in one model each has its own population; call it for each. Events of kind "grow" and "shrink" replace
-    parameters, so DistributedDataParallel has to wrap the model anew: `training.distributed.WrapperKeeper` does it.
+    With several in one model each has its own population; call it for each. Slabs that grow and shrink for an event
+    (kinds "grow" and "shrink" in `lineage`) replace parameters, so DistributedDataParallel has to wrap the model anew:
+    `training.distributed.WrapperKeeper` does it.
 
     Args:
         d_model, d_ff: H and I.

@@ -156,6 +156,18 @@ def test_gradient_alone_can_save_or_condemn(blank: LivingMoeForCausalLM) -> None
     assert proposed(blank, some_lifecycle(vitality_gradient=0.0)) == [("death", 0), ("split", 1)]
 
 
+@pytest.mark.parametrize("gradient", [0.5, 0.9, 1.0])
+def test_whoever_is_starved_can_die_whatever_its_load(gradient: float) -> None:
+    """With little to learn, load up to death_load / (1 - gradient) is starvation too."""
+    lifecycle = {**PROMPT, "vitality_gradient": gradient}
+    model = living_model("mixtral", "ouroboros", sections={"lifecycle": lifecycle})
+    load = min(0.9 * 0.1 / (1 - gradient + 1e-9), 1.0)
+    write(model, [load] * 2 + [(EXPERTS - 2 * load) / 6] * 6, [0.0] * 2 + [1.0] * 6)
+    assert float(model.vitality(0)[0]) < 0.1
+    dead = [event.parents for event in model.decide_events() if event.kind == "death" and event.layer == 0]
+    assert dead and set(dead) <= {(0,), (1,)}
+
+
 @given(noise=st.lists(st.floats(-0.4, 0.4), min_size=EXPERTS, max_size=EXPERTS))
 @settings(max_examples=30, deadline=None)
 def test_a_nearly_uniform_layer_is_left_alone(blank: LivingMoeForCausalLM, noise: list[float]) -> None:

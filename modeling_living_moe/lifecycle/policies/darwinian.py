@@ -15,7 +15,8 @@ Both thresholds are multiples of the uniform share of the layer's experts, not o
 here growth by competition is wanted, and ends by the caps. Newborns are immune until `min_age_steps`, and who had no
 token of its field since the last decision is not judged. A split halves load and gradient share of the parent, so with
 `split_load` above twice `death_load` it never makes a candidate for death. The planner's limits hold as for any policy:
-deaths of one step displace no more load than `death_load`.
+those who die in one step had together no more vitality than `death_load`. (Load, of which one that starves may have
+up to `death_load / (1 - vitality_gradient)`, would keep some of the starved alive for good.)
 
 With `lifecycle.phi_trigger`, a layer whose Φ has collapsed splits too, cap or no cap: the cap asks whether more experts
 pay, and a collapse says that those there are do not (alikeness.py).
@@ -69,7 +70,7 @@ def propose_darwinian(block: LivingMoeBlock, config: LifecycleConfig, now: Circu
         elif starved >= patience:
             reason = Reason("vitality", round(vitality, 6), config.death_load)
             urgency = 1.0 - vitality / max(config.death_load, TINY)
-            proposals.append(Proposal("death", block.layer, uids, reason, urgency, displaced=shares.load))
+            proposals.append(Proposal("death", block.layer, uids, reason, urgency, displaced=vitality))
     return with_split_of_alike(proposals, fertile, block, config)
 
 
