@@ -325,7 +325,7 @@ def overhead(shape: Shape, rounds: int) -> list[str]:
     lay_out(model, "few")
     optimizer = LivingAdamW(model, lr=LEARNING_RATE, direct_gradients=True)
     vitals = model.config.vitals
-    every = vitals.signals_every
+    every = vitals.signals_every, vitals.phi_every
 
     def on(batch: Tensor) -> None:
         model(batch, labels=batch, use_cache=False).loss.backward()
@@ -343,7 +343,7 @@ def overhead(shape: Shape, rounds: int) -> list[str]:
     for number in range(rounds + 3):
         batch = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
         for side in (0, 1) if number % 2 else (1, 0):
-            vitals.signals_every = 0 if side else every
+            vitals.signals_every, vitals.phi_every = (0, 0) if side else every
             start = time.process_time()
             sides[side](batch)
             if number >= 3:

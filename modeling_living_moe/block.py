@@ -30,7 +30,7 @@ from living_moe.configuration.sections import (
 from living_moe.configuration.slabs import SLABS
 from living_moe.modeling_living_moe.escape.module import Escape
 from living_moe.modeling_living_moe.experts import ExpertPool
-from living_moe.modeling_living_moe.families import Family
+from living_moe.modeling_living_moe.families import Family, Scoring
 from living_moe.modeling_living_moe.phi import measured_experts, phi_evidence, sampled_outputs
 from living_moe.modeling_living_moe.plasticity.state import KeyPlasticity
 from living_moe.modeling_living_moe.population import Population
@@ -106,6 +106,7 @@ class LivingMoeBlock(nn.Module):
         family: The source family's adapter.
         layer: Number of this living layer, from 0.
         capacities: Slots per slab.
+        scoring: How logits become choice and weights; None is as the family does it.
         has_fields: Whether experts live in receptive fields.
         shared: The source family's shared experts, or None.
     """
@@ -117,6 +118,7 @@ class LivingMoeBlock(nn.Module):
         layer: int,
         capacities: dict[str, int],
         *,
+        scoring: Scoring | None = None,
         num_facets: int = 0,
         num_leaves: int = 0,
         num_tombstones: int = 0,
@@ -131,7 +133,7 @@ class LivingMoeBlock(nn.Module):
         shared: nn.Module | None = None,
     ):
         super().__init__()
-        scoring = family.scoring(config)
+        scoring = scoring or family.scoring(config)
         hidden = config.hidden_size
         self.layer = layer
         self.has_fields = has_fields

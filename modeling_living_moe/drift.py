@@ -213,7 +213,8 @@ class DriftDetector(Deferred[StepEvidence]):
     @torch.no_grad()
     def observe_loss(self, loss: Tensor) -> None:
         """Count the loss of one forward pass, nats per token; one that is no number does not count."""
-        self._observe(self.passes._replace(losses=(*self.passes.losses, loss.detach())))
+        # A copy: it is read steps later, and who it belongs to may have gone on to add to it.
+        self._observe(self.passes._replace(losses=(*self.passes.losses, loss.detach().clone())))
 
     @torch.no_grad()
     def observe_fields(self, field: Tensor, token_mask: Tensor | None) -> None:

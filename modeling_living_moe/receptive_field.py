@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -327,6 +327,12 @@ class ReceptiveFields(nn.Module):
         counts = torch.bincount(index.flatten(), minlength=self.num_fields + 1)[1:]
         self.since_step = counts if self.since_step is None else self.since_step + counts
         return trained
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if self.since_step is not None:
+            self.since_step = self.since_step.to(self.new_counts.device)
+        return self
 
     def pending(self) -> Tensor:
         """What was observed since the last `fold`: int64, the tensor itself, to be summed over ranks in place."""

@@ -29,7 +29,7 @@ from living_moe.configuration import LivingMoeConfig
 from living_moe.configuration.errors import CheckpointError, ConfigurationError, PopulationError
 from living_moe.configuration.sections import did_you_mean
 from living_moe.configuration.slabs import SLABS, slab_name
-from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock, SlotParameter
+from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock, SlotParameter, in_backward
 from living_moe.modeling_living_moe.checkpoint import adopt_sizes, check_population
 from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.drift import DriftDetector
@@ -55,7 +55,8 @@ EXTRA = "_extra_state"
 class StandaloneLivingMoe(LifecycleMixin, nn.Module):
     """A mixture of SwiGLU experts that split and die while it trains: (..., d_model) -> (..., d_model).
 
-    Scores are softmax, the `top_k` best clades serve, their weights sum to one (as Mixtral's). Tokens are counted in
+    Scores are softmax, the `top_k` best clades serve, their weights sum to one (as Mixtral's; with `top_k` of 1, where
+    that weight would be 1 whatever the router learns, it is the softmax's, as Switch's). Tokens are counted in
     training mode. After every `optimizer.step()`, before gradients are zeroed, on every rank::
 
         events = layer.lifecycle_step(optimizer)
@@ -137,12 +138,14 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)
 
     def _new_block(self, capacities: dict[str, int], **tables: Any) -> LivingMoeBlock:
-        config = self.config
+        config, family = self.config, family_of(self.config.backbone_config)
+        scoring = family.scoring(config.backbone_config)
         return LivingMoeBlock(
             config.backbone_config,
-            family_of(config.backbone_config),
+            family,
             LAYER,
             capacities,
+            scoring=dataclasses.replace(scoring, normalise=scoring.top_k > 1),
             router=config.router,
             experts=config.experts,
             trainable=config.trainable,
@@ -195,12 +198,18 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         self.block.context = ForwardContext(
             token_mask=mask,
             observe=self.training,
-            sample=self._token_sample(hidden, mask, vitals.signals_every, vitals.signal_tokens),
-            phi_sample=self._token_sample(hidden, mask, vitals.phi_every, vitals.phi_tokens),
+            sample=self._token_sample(hidden, token_mask, vitals.signals_every, vitals.signal_tokens),
+            phi_sample=self._token_sample(hidden, token_mask, vitals.phi_every, vitals.phi_tokens),
             all_logits=False,
         )
         try:
             output: Tensor = self.block(hidden)
+        except Exception:
+            # What a pass has counted that never came to its end is no evidence. A recomputation counts nothing, and is
+            # ended by an error when it has what it is for.
+            if not in_backward():
+                self.block.vitals.forget()
+            raise
         finally:
             # No copy of the module may carry a pass's tensors.
             self.block.context = None
@@ -210,7 +219,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         """So many tokens to measure something on, in passes of every `every`-th step."""
         if not (self.training and every) or (self.steps_lived + 1) % every:
             return None
-        return spread(hidden.shape[1], tokens, mask, hidden.device)
+        return spread(hidden.shape[1], tokens, None if mask is None else mask.reshape(-1).bool(), hidden.device)
 
     # -- what the lifecycle asks of a model ------------------------------------------------------------------------
 
@@ -261,6 +270,14 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         """Health of the alive experts and its factors; see `LifecycleMixin.health`."""
         return super().health(LAYER)
 
+    def phi(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Whether the experts are different functions that work together; see `LifecycleMixin.phi`."""
+        return super().phi(LAYER)
+
+    def escape_state(self) -> str:  # type: ignore[override]
+        """Whether the block works in another space: closed, open, or leaving."""
+        return super().escape_state(LAYER)
+
     def routing(self) -> dict[str, Tensor]:  # type: ignore[override]
         """`density` and `entropy` of the routing; see `LifecycleMixin.routing`."""
         return super().routing(LAYER)
@@ -298,6 +315,14 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         """End the clade of an expert: its members compete for places from then on. Not exact."""
         return super().part_clade(LAYER, uid, optimizer=optimizer)
 
+    def open_escape(self, *, optimizer: Optimizer | None = None) -> LifecycleEvent:  # type: ignore[override]
+        """Enter the other space of the section `escape`, through a gate of zero: no output changes."""
+        return super().open_escape(LAYER, optimizer=optimizer)
+
+    def leave_escape(self) -> LifecycleEvent:  # type: ignore[override]
+        """Leave it: the gate fades out over `escape.leave_steps` lifecycle steps."""
+        return super().leave_escape(LAYER)
+
     def lifecycle_step(
         self, optimizer: Optimizer | None = None, loss: Tensor | float | None = None
     ) -> list[LifecycleEvent]:
@@ -307,8 +332,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
 
         Args:
             optimizer: The one that trains this block (and whatever else); its state follows the experts.
-            loss: Of this step, a scalar, on this rank. Without it `lifecycle.cap_improvement` has nothing to go by, and
-                drift is watched for in routing alone.
+            loss: Of this step, one number, on this rank. Without it `lifecycle.cap_improvement` has nothing to go by,
+                and drift is watched for in routing alone.
 
         Returns:
             The events that happened, in order; empty on most steps.
@@ -336,8 +361,12 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         return dead, [uid for e in events if e.kind == "split" for uid in e.children]
 
     def _observe_loss(self, loss: Tensor | float | None) -> None:
-        if loss is not None:
-            self.drift.observe_loss(torch.as_tensor(loss).detach().float())
+        if loss is None:
+            return
+        told = torch.as_tensor(loss).detach().float()
+        if told.numel() != 1:
+            raise ConfigurationError(f"the loss has shape {tuple(told.shape)}; give one number, such as loss.mean().")
+        self.drift.observe_loss(told.reshape(()))
 
     # -- state dict ------------------------------------------------------------------------------------------------
 
@@ -385,8 +414,9 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         with torch.device("meta"):
             like = self._new_block(capacities, **counts)
         expected = {f"block.{name}": value for name, value in like.state_dict().items()}
-        for name in ("clock", "drift", "trend"):
-            expected |= {f"{name}.{key}": value for key, value in getattr(self, name).state_dict().items()}
+        for name in ("clock", "drift", "trend", "stagnation"):
+            if (part := getattr(self, name)) is not None:
+                expected |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         problems = [f"missing {name}" for name in expected if name not in incoming]
         problems += [f"unexpected {name}" for name in incoming if name not in expected and name != EXTRA]
         problems += [f"missing {EXTRA}"] if EXTRA not in incoming else []

@@ -13,10 +13,11 @@ C capacity, E alive experts in slot order, T tokens, S sampled tokens, K experts
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from living_moe.configuration.sections import MOST_FIELDS
@@ -292,6 +293,14 @@ class Vitals(Deferred[StepCounts]):
         added = torch.stack([value_SK.flatten(), count_SK.flatten()]).to(self.pending_signals.dtype)
         self.pending_signals[row : row + 2].scatter_add_(1, index_SK.flatten().clamp(min=0).expand(2, -1), added)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.steps.device
+        super()._apply(fn, recurse)
+        if self.steps.device != before:
+            # Evidence of a step that began on another device could not be added to.
+            self.forget()
+        return self
+
     def forget(self) -> None:
         """Drop what was observed since the last step."""
         self.pending = self.pending_signals = self.pending_tokens = self.since_step = self.sample = None
@@ -392,8 +401,9 @@ class Vitals(Deferred[StepCounts]):
         for slab, count in alive.items():
             table = self.table(slab)
             if grad_norms is not None and slab in grad_norms:
-                norms = table.grad_norm[:count]
-                norms.copy_(torch.lerp(norms, grad_norms[slab].float(), rate_E[first : first + count]))
+                norms, read = table.grad_norm[:count], grad_norms[slab].float()
+                # An overflow, as of a gradient that a scaler throws away, must not stay in the average for good.
+                norms.copy_(torch.where(read.isfinite(), torch.lerp(norms, read, rate_E[first : first + count]), norms))
             if signals is not None:
                 self._fold_signals(table, signals[:, first : first + count], count)
             if sketches is not None and slab in sketches:
@@ -417,8 +427,9 @@ class Vitals(Deferred[StepCounts]):
         lived = of_field > 0
         uniform = experts / of_field.clamp_min(1.0)
         rate = learn_K[:, None] * lived
-        values = [received * uniform, foreign * uniform, weight / received.clamp_min(1.0)]
-        rates = [rate, rate, learn_K[:, None] * (received > 0)]
+        known = weight.isfinite()
+        values = [received * uniform, foreign * uniform, weight.where(known, 0.0) / received.clamp_min(1.0)]
+        rates = [rate, rate, learn_K[:, None] * ((received > 0) & known)]
         names = ["load", "foreign_load", "router_weight"]
         measured = [step.economy for step in backlog if step.economy is not None]
         if measured:
@@ -481,7 +492,9 @@ class Vitals(Deferred[StepCounts]):
 
     def _fold_sketches(self, table: VitalsTable, sketch: Tensor, count: int) -> None:
         """Compare one step's gradients with the running mean, then let them join it. None is no evidence."""
-        seen = sketch.square().sum(-1) > 0
+        size = sketch.square().sum(-1)
+        seen = (size > 0) & size.isfinite()
+        sketch = sketch.where(seen.unsqueeze(-1), 0.0)
         compared = table.compared[:count]
         for name, value in zip(
             ("conflict_cos", "conflict_magnitude"), similarity(sketch, table.sketch[:count]), strict=True

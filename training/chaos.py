@@ -120,8 +120,8 @@ def entropy_rate(
 def least_loss(context: int, trajectories: int, steps: int, **settings: Any) -> float:
     """Nats of the next symbol that its last `context` do not tell: what no predictor from them can fall below.
 
-    The conditional entropy of all windows of a sample, by counting them (Miller and Madow 1955). Too few windows make
-    it smaller than it is, never much larger: a sample of 10 windows per word that occurs is enough.
+    The conditional entropy of all windows of a sample, by counting them (Miller and Madow 1955). Few windows make it
+    smaller than it is: by 0.01 nats where a word that occurs does so 14 times, so it is a bound from below.
 
     Args:
         context: W.

@@ -62,7 +62,7 @@ class EscapeMixin:
         """
         escape = self._escape(layer)
         if escape.now.state != CLOSED:
-            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only a closed one opens.")
+            raise PopulationError(f"layer {layer}: the escape is {STATES[escape.now.state]}; only a closed one opens.")
         return self._enter(layer, REQUEST, optimizer)
 
     def leave_escape(self, layer: int) -> LifecycleEvent:
@@ -73,7 +73,7 @@ class EscapeMixin:
         """
         escape = self._escape(layer)
         if escape.now.state != OPEN:
-            raise PopulationError(f"layer {layer}: the escape is {self.escape_state(layer)}; only an open one is left.")
+            raise PopulationError(f"layer {layer}: the escape is {STATES[escape.now.state]}; only an open one is left.")
         return self._return(layer, REQUEST)
 
     def _escape(self, layer: int) -> Escape:

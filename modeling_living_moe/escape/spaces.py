@@ -1,7 +1,7 @@
 """Other spaces for a token's features, and the ways there and back: a Poincaré ball, and frequencies.
 
 Each way keeps a scale per token aside, so that what is done in the space sees numbers of moderate size, and so that
-going there and back is the identity for any token that fp32 can hold (tests/modeling/escape/test_spaces.py).
+going there and back is the identity for tokens from 1e-30 to 1e30 (tests/modeling/escape/test_spaces.py).
 
 *Poincaré ball* of curvature -c (Nickel & Kiela 2017, arXiv:1705.08039; Ganea et al. 2018, arXiv:1805.09112). The
 exponential map at the origin sends a tangent vector of length r to the radius tanh(√c r) / √c, which rounds to the

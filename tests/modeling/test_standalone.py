@@ -218,6 +218,94 @@ def test_inputs_of_another_size_are_refused() -> None:
         layer(torch.randn(2, H), torch.ones(3))
 
 
+@pytest.mark.parametrize("real", ["all", "some", "none"])
+def test_what_is_measured_on_samples_leaves_padding_out(real: str) -> None:
+    """The same text with padding behind it, at every step of which everything is sampled."""
+    every = {"signals_every": 1, "phi_every": 1, "grad_norm_every": 1}
+    layers = [new(vitals=every, lifecycle={"enabled": False}) for _ in range(2)]
+    x = tokens(2, 8)
+    mask = {"all": 8, "some": 5, "none": 0}[real] > torch.arange(8).expand(2, -1)
+    for number in range(3):
+        padded = torch.where(mask[..., None], x, 1e4)
+        layers[0](padded, token_mask=mask).masked_fill(~mask[..., None], 0).square().mean().backward()
+        if mask.any():
+            layers[1](x[mask]).square().sum().div(x.numel()).backward()
+        for layer in layers:
+            layer.lifecycle_step()
+            layer.zero_grad()
+        assert layers[0].clock.steps == number + 1
+    for one, other in zip(*(layer.block.vitals.state_dict().items() for layer in layers), strict=True):
+        torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-5, msg=one[0])
+
+
+def test_with_one_place_the_router_learns() -> None:
+    torch.manual_seed(0)
+    layer = LivingMoeBlock.standalone(H, WIDTH, EXPERTS, 1)
+    x = tokens(64)
+    found = layer(x)
+    torch.testing.assert_close(found, reference_forward(layer.block, x))
+    found.square().mean().backward()
+    for parameter in (layer.block.router.keys["trainable"], *layer.block.router.query.parameters()):
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4
+    before = layer.eval()(x)
+    layer.split_expert(2)
+    torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loss_is_taken_as_it_is_told() -> None:
+    """Whoever goes on adding to the tensor changes nothing; what is no single number is refused at once."""
+    layers, log = [new() for _ in range(2)], torch.zeros(())
+    for number in range(5):
+        log.fill_(float(number))
+        layers[0].lifecycle_step(loss=log)
+        layers[1].lifecycle_step(loss=float(number))
+        log.mul_(1000.0)
+    assert torch.equal(layers[0].trend.slow, layers[1].trend.slow) and layers[0].trend.slow > 0
+    steps = layers[0].steps_lived
+    with pytest.raises(ConfigurationError, match=r"the loss has shape \(2,\)"):
+        layers[0].lifecycle_step(loss=torch.ones(2))
+    assert layers[0].steps_lived == steps
+    layers[0].lifecycle_step(loss=torch.ones(1))
+
+
+def test_a_pass_that_fails_has_counted_nothing() -> None:
+    layer, x = new(), tokens(8)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = layer.block.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer(x)
+    hook.remove()
+    layer(x)
+    assert layer.block.vitals.pending[0].sum() == 8 * TOP_K
+
+
+def test_evidence_does_not_outlive_a_move_to_another_device() -> None:
+    layer = new()
+    layer(tokens(8))
+    layer.double()
+    assert layer.block.vitals.pending is not None
+    layer.to("meta")
+    assert layer.block.vitals.pending is None and layer.block.vitals.since_step is None
+
+
+def test_an_overflow_of_gradients_does_not_stay_in_vitality() -> None:
+    layer = new(vitals={"grad_norm_every": 1}, lifecycle={"enabled": False})
+    for number in range(4):
+        layer(tokens(64, seed=number)).square().mean().backward()
+        if number == 1:
+            weight = layer.block.experts.weights("trainable").gate_up_proj
+            weight.grad[0].fill_(float("inf"))
+            weight.grad[1].fill_(float("nan"))
+        layer.lifecycle_step()
+        layer.zero_grad()
+    assert all(values.isfinite().all() for values in layer.vitals().values())
+    expected = 0.5 * layer.vitals()["load"] + 0.5 * layer.vitals()["grad_norm"] / layer.vitals()["grad_norm"].mean()
+    torch.testing.assert_close(layer.vitality(), expected, rtol=1e-4, atol=1e-5)
+
+
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +479,30 @@ def test_a_fresh_block_takes_up_any_life(seed: int, events: int) -> None:
             each.block.vitals.forget()
             step(each, [each], optimizer, number)
     assert_same(fresh, layer)
+
+
+@pytest.mark.parametrize("space", ["poincare", "fourier"])
+@pytest.mark.parametrize("state", ["closed", "open", "leaving"])
+def test_a_fresh_block_is_where_the_saved_one_was(space: str, state: str) -> None:
+    sections = {
+        "escape": {"space": space, "window": 3, "leave_steps": 10, "loss_tolerance": 10.0, "collapse": 0.01},
+        "vitals": {"grad_norm_every": 1, "phi_every": 1},
+    }
+    layer = new(0, **sections)
+    optimizer = AdamW(layer.parameters(), lr=1e-2)
+    if state != "closed":
+        layer.open_escape(optimizer=optimizer)
+    for number in range(8):
+        step(layer, [layer], optimizer, number)
+    if state == "leaving":
+        layer.leave_escape()
+        step(layer, [layer], optimizer, 9)
+    fresh = new(1, **sections)
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert fresh.escape_state() == layer.escape_state() == state and layer.phi().keys() == fresh.phi().keys()
+    assert_same(fresh, layer)
+    with pytest.raises(CheckpointError, match="unexpected"):
+        new(1, vitals=sections["vitals"]).load_state_dict(layer.state_dict())
 
 
 def test_a_shrunken_state_loads_into_a_grown_block_and_through_safetensors() -> None:
