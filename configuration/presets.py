@@ -115,8 +115,16 @@ PRESETS: dict[str, Preset] = {
                     "energy_loss_coef": 0.01,
                     "pool_loss_coef": 0.01,
                 },
-                # Who serves together is pulled together and others are pushed apart; queries pull nobody.
-                "plasticity": {"enabled": True, "use_alpha": False, "use_decay": False, "contrast": 0.002},
+                # Who serves together is pulled together and others are pushed apart; queries pull nobody. No
+                # inertia: after some thousand hits nothing would pull anybody.
+                "plasticity": {
+                    "enabled": True,
+                    "use_alpha": False,
+                    "use_decay": False,
+                    "use_inertia": False,
+                    "beta": 1e-5,
+                    "contrast": 0.002,
+                },
                 "lifecycle": {"policy": "synaptic_health"},
             },
         ),

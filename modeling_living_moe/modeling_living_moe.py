@@ -45,7 +45,7 @@ from living_moe.modeling_living_moe.signals import TokenSample, spread, token_lo
 from living_moe.modeling_living_moe.synapse.attention import SYNAPTIC
 from living_moe.modeling_living_moe.synapse.postsynaptic_api import PostsynapticMixin
 from living_moe.modeling_living_moe.synapse.router import Passage
-from living_moe.modeling_living_moe.synapse.texts import kept_of, read_texts, remember_texts, synapse_layer
+from living_moe.modeling_living_moe.synapse.texts import read_texts, remember_texts, synapse_layer
 from living_moe.modeling_living_moe.ternary_api import TernaryMixin
 from living_moe.modeling_living_moe.trend import LossTrend
 
@@ -261,7 +261,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         passage = Passage(texts, step=self.steps_lived if self.training else 0, accounts=self.training)
         if history is not None:
             sizes = [block.population.num_addresses for block in self.living_blocks]
-            passage.take_up(kept_of(history), history.state, sizes)
+            passage.take_up(history, sizes, self.population_version)
         return passage
 
     def _remember_synapses(self, cache: Cache | None, passage: Passage) -> None:
@@ -272,7 +272,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
             kept, states = (
                 torch.cat([passage.traces[layer][part].to(device) for layer in layers], dim=-1) for part in (0, 1)
             )
-            remember_texts(cache, passage.texts, kept, states, self.config.synapse.chunk)
+            remember_texts(cache, passage.texts, kept, states, self.config.synapse.chunk, self.population_version)
         passage.traces.clear()
 
     def _token_sample(self, given: Tensor, mask: Tensor | None, every: int, most: int) -> TokenSample | None:

@@ -167,6 +167,17 @@ class AttentionSynapse(nn.Module):
         learns = self.strength.requires_grad and torch.is_grad_enabled() and key.shape[2] == query.shape[2]
         if idle and not learns:
             return plain_attention(call)
+        if cache is None and key.shape[2] > query.shape[2]:
+            raise ConfigurationError(
+                f"{type(call.module).__name__} attends to {key.shape[2]} keys by {query.shape[2]} queries, and its "
+                f"synapses were not given the cache these come from: the layer calls attention twice, or takes its "
+                f"cache in a way of its own. Read with use_cache=False, or choose another attn_implementation."
+            )
+        if call.mask is not None and _shows_later(call.mask):
+            raise ConfigurationError(
+                f"the attention mask of {type(call.module).__name__} lets tokens attend to later ones (a prefix, an "
+                f"image), and synapses remember along a text; choose another attn_implementation for it."
+            )
         # Pools are sums and differences of what is nearly equal: never in less than fp32.
         with torch.autocast(query.device.type, enabled=False):
             call = call._replace(key=key.to(query.dtype), value=value.to(query.dtype))
@@ -321,6 +332,8 @@ class AttentionSynapse(nn.Module):
         column, drive = rows[..., :top_k].long() - first, rows[..., top_k:-1]
         # Keys that a sliding window has left behind are no longer there to be driven.
         drive = drive * ((column >= 0) & (column < n))
+        if n == 0:
+            return Drive(rows.new_zeros(2, *rows.shape[:2], 0), rows.new_zeros(*rows.shape[:2], 0), weights.tokens)
         per_slot = weights.weights.squeeze(-1)
         weight = per_slot[:, None, : rows.shape[2]] if slots is None else per_slot[:, slots]
         weighted = (drive.unsqueeze(0) * weight.transpose(2, 3).unsqueeze(-1)).flatten(3)
@@ -341,6 +354,12 @@ def _own(mask: Tensor) -> Tensor:
     """Which queries attend to themselves, as all do but padding: bool (B, S). Queries are the last columns."""
     own = mask[:, 0, :, mask.shape[3] - mask.shape[2] :].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
+
+
+def _shows_later(mask: Tensor) -> bool:
+    """Whether a query may attend to a key behind its own; queries are the last columns."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen.triu(1 + mask.shape[3] - mask.shape[2]).any())
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -499,6 +518,11 @@ def attach_attention_synapses(model: PreTrainedModel, settings: SynapseConfig | 
         )
     settings = settings or SynapseConfig(attention=True)
     for module in layers:
+        if getattr(module, "is_kv_shared_layer", False):
+            raise ConfigurationError(
+                f"layers of {type(model).__name__} share keys and values with earlier ones, whose synapses they would "
+                f"use up; choose another model."
+            )
         if hasattr(module, "synapse"):
             raise ConfigurationError(f"{type(model).__name__} has attention synapses already; attach them once.")
         config: Any = module.config
@@ -513,7 +537,9 @@ def attach_attention_synapses(model: PreTrainedModel, settings: SynapseConfig | 
 
 def _hand_over_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if module.config._attn_implementation == SYNAPTIC:
-        module.synapse.cache = kwargs.get("past_key_values")
+        # Some call it layer_past.
+        given = (*args, *kwargs.values())
+        module.synapse.cache = next((value for value in given if isinstance(value, Cache)), None)
 
 
 __all__ = [

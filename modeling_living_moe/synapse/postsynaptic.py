@@ -279,7 +279,8 @@ class Postsynapse(KeepsDtype):
         #: Steps that wrote fast weights; until the first, passes read none.
         self.register_buffer("writes", torch.tensor(0))
         self._is_blank: bool | None = None
-        self.pending: dict[str, Evidence] = {}
+        #: By whether it is of training, by slab: what a training pass has seen must not be learned as read.
+        self.pending: dict[bool, dict[str, Evidence]] = {}
 
     writes: Tensor
 
@@ -347,16 +348,17 @@ class Postsynapse(KeepsDtype):
             if training and is_frozen(name):
                 continue
             new = evidence_of(pool.weights(name), hidden_NH, after_NH, rows_NK, weights_NK, alive[name], self.rank)
-            old = self.pending.get(name)
+            waiting = self.pending.setdefault(training, {})
+            old = waiting.get(name)
             if old is None:
-                self.pending[name] = new
+                waiting[name] = new
             else:
                 for total, part in zip(old.tensors(), new.tensors(), strict=True):
                     total += part
 
     def take(self, alive: dict[str, int], *, training: bool) -> dict[str, Evidence]:
         """The evidence since the last call, of the slabs that learn; zeros where this rank saw nothing."""
-        taken, self.pending = self.pending, {}
+        taken = self.pending.pop(training, {})
         return {
             name: taken.get(name)
             or Evidence.none(count, self.hidden_size, self.width(name), self.rank, self.writes.device)
@@ -368,7 +370,8 @@ class Postsynapse(KeepsDtype):
     def learn(self, pool: ExpertPool, evidence: Mapping[str, Evidence], *, training: bool) -> None:
         """One step of everything, from evidence summed over ranks. Rows without tokens keep every bit.
 
-        In training slow weights change too, by what consolidates.
+        In training slow weights change too, by what consolidates; slabs whose weights take no gradients (PEFT, a
+        switch of `trainable`) are left alone then, fast weights too, as frozen ones are.
         """
         settings = self.settings
         rate = settings.postsynaptic_rate if training else settings.postsynaptic_plastic_rate
@@ -377,9 +380,10 @@ class Postsynapse(KeepsDtype):
         total = sum((part.activity_E.sum() for part in evidence.values()), torch.zeros_like(self.writes).float())
         for name, part in evidence.items():
             hit = torch.nonzero(part.count_E > 0)[:, 0]
-            if not len(hit):
+            weight = pool.weights(name).down_proj
+            if not len(hit) or (training and not weight.requires_grad):
                 continue
-            table, down = self.table(name), pool.weights(name).down_proj.detach()
+            table, down = self.table(name), weight.detach()
             length = lengths_of(down, hit, len(part.count_E)) * self.width(name) ** -0.5
             drives = part.gain_EI[hit], part.trace_EHR[hit]
             gain, trace = fast_step(table.gain[hit], table.trace[hit], *drives, length, rates)
@@ -404,6 +408,10 @@ class Postsynapse(KeepsDtype):
                     rows, fast = hit[moves], (gain[moves], trace[moves])
                     down[rows], gain[moves], trace[moves] = fold(down[rows], *fast, share[moves], g)
             table.gain[hit], table.trace[hit] = gain, trace
+        self.wake()
+
+    def wake(self) -> None:
+        """Passes read fast weights from now on."""
         self.writes += 1
         self._is_blank = False
 

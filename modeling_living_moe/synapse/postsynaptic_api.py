@@ -71,6 +71,7 @@ class PostsynapticMixin:
         restore_rows(self.living_blocks, snapshot, self._fast_weights, "fast weights")
         for _, side in self._postsynapses():
             side.forget()
+            side.wake()
 
     def forget_fast(self) -> None:
         """Experts compute with their slow weights alone again; what has been consolidated stays."""

@@ -47,7 +47,7 @@ from living_moe.modeling_living_moe.synapse.presynaptic import (
     rest,
     sum_up,
 )
-from living_moe.modeling_living_moe.synapse.texts import Texts
+from living_moe.modeling_living_moe.synapse.texts import SynapseLayer, Texts, kept_of
 
 #: Tokens over which the running mean of what was released forgets.
 GAIN_TIME = 64.0
@@ -108,17 +108,20 @@ class Passage:
     has_losses: bool = False
     economies: dict[int, Economy] = field(default_factory=dict)
 
-    def take_up(self, kept: Tensor, states: Tensor | None, addresses: Sequence[int]) -> None:
+    def take_up(self, history: SynapseLayer, addresses: Sequence[int], version: int) -> None:
         """Divide what the cache keeps (B, P, any), and its states (B, any), among layers with so many addresses.
 
+        Args:
+            version: Of the population; another one may have as many addresses in another order.
+
         Raises:
-            PopulationError: It is of another number of addresses.
+            PopulationError: The cache is of another population.
         """
-        sizes = [count + 1 for count in addresses]
-        if kept.shape[-1] != sum(sizes):
+        kept, states, sizes = kept_of(history), history.state, [count + 1 for count in addresses]
+        if kept.shape[-1] != sum(sizes) or history.version != version:
             raise PopulationError(
-                f"the cache holds {kept.shape[-1] - len(sizes)} synapses and the routers have {sum(addresses)}: the "
-                f"population changed since, so read the text anew with a new cache."
+                f"the cache holds {kept.shape[-1] - len(sizes)} synapses of a population that has changed since, and "
+                f"the routers have {sum(addresses)}: read the text anew with a new cache."
             )
         self.kept = dict(enumerate(kept.split(sizes, dim=-1)))
         if states is not None:
@@ -428,7 +431,9 @@ def binomial_release(seed: tuple[int, ...], share: float, shape: tuple[int, ...]
             part = torch.rand(fraction.shape, generator=generator, device=device) < chance
             count = count + (docked - whole) * part
             gone = (count / docked.clamp_min(1e-12)).clamp(max=1.0)
-            drawn = 1.0 - (1.0 - gone) ** (1.0 / tokens)
+            # As large a part of the expected fraction as what leaves is of what was expected to leave: linear in what
+            # is drawn, or its mean would be another. At most 1, as no token's fraction is above that of all.
+            drawn = fraction * gone / chance.clamp_min(1e-30)
             step = torch.where(chosen[..., : fraction.shape[-1]], drawn - fraction, 0.0)
         return fraction + step
 

@@ -39,6 +39,8 @@ class SynapseLayer(DynamicLayer, DummyLayer):
         DynamicLayer.__init__(self)
         self.chunk = chunk
         self.state: Tensor | None = None
+        #: Of the population whose drives these are.
+        self.version = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.get_seq_length():
@@ -269,7 +271,7 @@ def _past_places(head: Tensor, goes_on: Tensor, origin: Tensor, size: int, texts
     return found[:-1]
 
 
-def remember_texts(cache: Cache, texts: Texts, kept: Tensor, state: Tensor, chunk: int) -> None:
+def remember_texts(cache: Cache, texts: Texts, kept: Tensor, state: Tensor, chunk: int, version: int) -> None:
     """Append a pass to `cache`.
 
     Call it after the backbone's forward: caches that create layers lazily number them by position, so ours must come
@@ -278,6 +280,7 @@ def remember_texts(cache: Cache, texts: Texts, kept: Tensor, state: Tensor, chun
     Args:
         kept: (B, S, F), what each token leaves; zeros for padding.
         state: (B, any), of each row's last full chunk.
+        version: Of the population.
     """
     layer = next((layer for layer in reversed(cache.layers) if isinstance(layer, SynapseLayer)), None)
     if layer is None:
@@ -295,7 +298,7 @@ def remember_texts(cache: Cache, texts: Texts, kept: Tensor, state: Tensor, chun
     head = torch.stack([count, real], dim=-1).to(kept.dtype)
     keys = torch.cat([head, kept], dim=-1).unsqueeze(1)
     layer.update(keys, keys[..., :0])
-    layer.state = state
+    layer.state, layer.version = state, version
 
 
 def kept_of(history: SynapseLayer) -> Tensor:

@@ -9,8 +9,8 @@ decision of
     merge    hazard * sigmoid(slope * (merge_health - (h1 + h2) / 2))   both below `merge_health`, cosine of keys at
                                                               least `merge_cosine`, alike in slab and field
 
-so whoever is at a threshold goes with half of `hazard`, and what is clear beyond it is nearly all of that: h runs from
-0 to 1, so with a slope of 12 each of them reaches over nine tenths of it for some h. Chance is a number drawn from
+so whoever is at a threshold goes with half of `hazard`, and what is clear beyond it with most of that: h runs from 0 to
+1, so with a slope of 12 each of them reaches over 0.7 of it for some h. Chance is a number drawn from
 (seed, step, layer, kind, uids): the same on every rank, in a resumed run as in one that was not cut off, and with
 nothing to save.
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from living_moe.configuration.errors import ConfigurationError
+from living_moe.configuration.presets import preset_sections
 from living_moe.configuration.sections import PlasticityConfig
 from living_moe.modeling_living_moe.lifecycle.affinity import coactivation
 from living_moe.modeling_living_moe.plasticity.contrast import company, push_apart
@@ -112,6 +113,18 @@ def test_consolidation_pulls_together_who_serves_together_and_pushes_the_others(
         assert after[pair] > max(before[pair], 0.95)
     for pair in ((0, 2), (0, 3), (1, 2), (1, 3)):
         assert after[pair] < before[pair] - 0.2
+
+
+def test_the_preset_pulls_together_who_serves_together_however_long_it_has_trained() -> None:
+    config = PlasticityConfig.from_value(preset_sections("synaptic-full")["plasticity"])
+    keys = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    layer = LayerKeys(keys, keys, torch.zeros(4, dtype=torch.int64), torch.full((4,), 1e6), torch.arange(4))
+    index = torch.tensor([[0, 1], [2, 3]]).repeat(64, 1)
+    for _ in range(1000):
+        [layer] = consolidate([layer], [[Evidence(torch.zeros(128, 16), index)]], config)
+    before, after = cosines(keys), cosines(layer.keys_ED)
+    for pair in ((0, 1), (2, 3)):
+        assert before[pair] + 0.1 < after[pair] < 1
 
 
 def twins_after(steps: int, contrast: float) -> tuple[float, float]:

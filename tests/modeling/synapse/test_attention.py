@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.olmoe import OlmoeConfig
@@ -49,6 +50,9 @@ _MLA = dict(kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_
 FOREIGN: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_TINY),
     "gemma2": lambda: Gemma2Config(**_TINY, head_dim=8, sliding_window=8, attn_logit_softcapping=2.0),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **{name: value for name, value in _TINY.items() if name != "num_key_value_heads"}, tie_word_embeddings=False
+    ),
     "olmoe": lambda: OlmoeConfig(**_TINY, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **_TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
@@ -356,6 +360,40 @@ def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> N
     assert cache.layers[0].edges.state is not None
     cache.crop(-2)
     assert cache.layers[0].edges.state is None
+
+
+def test_caches_by_another_name_are_found() -> None:
+    model = attached("gpt_neox", 1.5)
+    ids = token_ids(2, 20)
+    assert (in_pieces(model, ids, [9, 1, 6, 1, 3]) - logits(model, ids)).abs().max() <= CACHED
+
+
+def test_keys_of_a_cache_that_synapses_were_not_given_are_refused() -> None:
+    query, key, value = inputs(6)
+    with pytest.raises(ConfigurationError, match="6 keys by 2 queries"):
+        module()(AttentionCall(Layer(), query[:, :, -2:], key, value, None, 0.5))
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_that_show_later_tokens_are_refused(additive: bool) -> None:
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    mask[:4, :4] = True
+    given: Any = mask.expand(1, 1, -1, -1)
+    if additive:
+        given = torch.zeros(1, 1, 12, 12).masked_fill(~given, torch.finfo(torch.float32).min)
+    ids = token_ids(1, 12)
+    with pytest.raises(ConfigurationError, match="attend to later ones"):
+        logits(attached("llama", 1.5), ids, attention_mask=given)
+    idle = logits(attached("llama", 0.0), ids, attention_mask=given)
+    assert torch.equal(idle, logits(foreign_model("llama"), ids, attention_mask=given))
+
+
+def test_prompt_lookup_on_a_sliding_window_is_greedy_search() -> None:
+    model = synaptic(overrides=dict(sliding_window=8, max_position_embeddings=256))
+    ids = token_ids(1, 6).repeat(1, 3)[:, :13]
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------

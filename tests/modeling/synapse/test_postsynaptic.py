@@ -396,14 +396,14 @@ def test_evidence_is_the_oracles(padded: bool) -> None:
     side.observe(block.experts, hidden_BSH, index_TK, weights_TK, block.population.alive, mask, None, training=False)
     expected = reference_evidence(block, hidden_BSH, real_BS)
     for member in block.population.members:
-        parts = (part[member.row] for part in side.pending[member.slab].tensors())
+        parts = (part[member.row] for part in side.pending[False][member.slab].tensors())
         count, activity, gain, trace = parts
         wanted = expected.get(member.uid, {"count": 0, "activity": 0.0, "gain": 0 * gain, "trace": 0 * trace})
         assert int(count) == wanted["count"]
         torch.testing.assert_close(activity, torch.tensor(wanted["activity"]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gain, wanted["gain"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(trace, wanted["trace"], rtol=1e-4, atol=1e-5)
-    assert sum(part.count_E.sum() for part in side.pending.values()) > 10
+    assert sum(part.count_E.sum() for part in side.pending[False].values()) > 10
 
 
 @torch.no_grad()
@@ -479,7 +479,7 @@ def test_gradient_checkpointing_counts_a_token_once(reentrant: bool) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(input_ids=token_ids(2, 12), labels=token_ids(2, 12)).loss.backward()
         found.append(
-            [part for block in model.living_blocks for part in block.postsynaptic.pending["trainable"].tensors()]
+            [part for block in model.living_blocks for part in block.postsynaptic.pending[True]["trainable"].tensors()]
         )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -547,6 +547,44 @@ def test_a_snapshot_takes_it_back_and_forgetting_leaves_the_slow_weights() -> No
     assert torch.equal(logits(model, ids), before)
     model.forget_fast()
     assert torch.equal(logits(model, ids), logits(living_model(), ids))
+
+
+def test_a_model_that_never_wrote_reads_what_is_restored() -> None:
+    model, ids = fast_model(), token_ids(2, 12)
+    fresh = copy.deepcopy(model)
+    read_plastically(model, ids)
+    fresh.restore_fast(model.fast_snapshot())
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
+    assert not torch.equal(logits(model, ids), logits(living_model(), ids))
+
+
+def test_what_training_has_seen_is_not_learned_as_read() -> None:
+    model, ids = fast_model(), token_ids(2, 12)
+    twin = copy.deepcopy(model)
+    model.train()(input_ids=token_ids(2, 12, seed=5))
+    for each in (model.eval(), twin):
+        read_plastically(each, ids)
+    assert_same_bits(buffers(model), buffers(twin))
+    model.train().potentiate_experts()
+    assert any(not torch.equal(a, b) for a, b in zip(buffers(model).values(), buffers(twin).values(), strict=True))
+
+
+def test_weights_without_gradients_and_their_fast_weights_keep_every_bit_in_training() -> None:
+    """As under PEFT: whoever loads the adapter on the same base must get the same model."""
+    model = fast_model()
+    read_plastically(model, token_ids(2, 12))
+    for block in model.living_blocks:
+        block.postsynaptic.table("trainable").camkii.fill_(0.79)
+        for slab in block.experts.children():
+            for parameter in slab.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "experts" in name or ".gain" in name}
+    for number in range(3):
+        ids = token_ids(2, 12, seed=number)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        model.lifecycle_step()
+    assert any("gain" in name for name in before) and any("down_proj" in name for name in before)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing() -> None:

@@ -344,6 +344,16 @@ def test_drawn_release_is_whole_vesicles_with_the_expected_mean_and_gradient() -
     assert torch.equal(fraction.grad, torch.ones_like(fraction))
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 48])
+@pytest.mark.parametrize(("fraction", "docked"), [(0.05, 2.4), (0.4, 0.6), (0.0, 3.0), (1.0, 3.0)])
+def test_what_is_drawn_for_a_chunk_has_the_expected_mean(tokens: int, fraction: float, docked: float) -> None:
+    count = 50_000
+    sample = binomial_release((1, 2, 3), 1.0, (1, count), torch.device("cpu"))
+    drawn = sample(torch.full((1, count), fraction), torch.full((1, count), docked), tokens)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    assert drawn.mean().item() == pytest.approx(fraction, abs=4 * drawn.std().item() / count**0.5 + 1e-6)
+
+
 def test_only_the_chosen_share_of_edges_draws() -> None:
     fraction, docked = torch.full((4, 1000), 0.3), torch.full((4, 1000), 6.0)
     sample = binomial_release((1, 2, 3), 0.1, (4, 1000), torch.device("cpu"))

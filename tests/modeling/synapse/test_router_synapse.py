@@ -261,11 +261,15 @@ def test_an_address_keeps_its_expression_when_its_expert_dies() -> None:
     logits(model, token_ids(2, 12))
 
 
-def test_a_cache_from_before_an_event_is_refused() -> None:
+@pytest.mark.parametrize("events", [["split"], ["freeze"], ["split", "death"]])
+def test_a_cache_from_before_an_event_is_refused(events: list[str]) -> None:
+    """Also where there are as many addresses as before, in another order or of another expert."""
     model = synaptic()
     cache = DynamicCache(config=model.config)
     logits(model, token_ids(1, 8), past_key_values=cache, use_cache=True)
-    model.split_expert(0, 3)
+    for event in events:
+        happen = {"split": model.split_expert, "freeze": model.freeze_expert, "death": model.remove_expert}[event]
+        happen(0, 3)
     with pytest.raises(LivingMoeError, match="new cache"):
         logits(model, token_ids(1, 2), past_key_values=cache, use_cache=True)
 
