@@ -466,7 +466,9 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             logits = self._apply_head_delta(hidden, logits, logits_to_keep, context)
 
         loss = aux_loss = None
+        share: Tensor | float = 1.0
         if labels is not None:
+            share = _share_of_step(labels, **kwargs)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             if context.observe:
                 self.model.drift.observe_loss(loss.detach())
@@ -482,12 +484,18 @@ class LivingMoeForCausalLM(LivingMoePreTrainedModel, GenerationMixin):  # type: 
             squares = [
                 layer.float().logsumexp(dim=-1).square().mean().to(loss.device) for layer in outputs.router_logits
             ]
-            loss = loss + z_loss_coef * torch.stack(squares).mean()
+            loss = loss + z_loss_coef * share * torch.stack(squares).mean()
         economy = self._synaptic_losses(context.passage)
+        if economy is not None and loss is not None and loss.requires_grad and not economy[0].requires_grad:
+            if self.training and self.is_gradient_checkpointing:
+                raise ConfigurationError(
+                    "reentrant gradient checkpointing hides from synapse.energy_loss_coef and synapse.pool_loss_coef "
+                    'what they have gradients from; enable it with {"use_reentrant": False}, or set both to 0.'
+                )
         if loss is not None and economy is not None:
             for coefficient, part in zip(coefficients, economy, strict=True):
                 if coefficient:
-                    loss = loss + coefficient * part.to(loss.device)
+                    loss = loss + coefficient * share * part.to(loss.device)
         energy_loss, pool_loss = (None, None) if economy is None else economy
         if loss is not None and self.training and torch.is_grad_enabled() and not loss.requires_grad:
             loss = self._nothing_to_learn(loss)
@@ -580,6 +588,18 @@ def field_balance(context: ForwardContext, layer: int) -> Tensor:
         mine_T = weight_T * (index_T == field)
         loss = loss + load_balancing_loss(logits_TN, clades_TK, mine_T) * (mine_T.sum() / total)
     return loss
+
+
+def _share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **_: Any
+) -> Tensor | float:
+    """What of an optimizer step this pass is, where the step's tokens are given, as Trainer does: passes then have sums
+    over it, which are not divided by their number.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    here = ((labels[..., 1:] if shift_labels is None else shift_labels) != -100).sum()
+    return here / torch.as_tensor(num_items_in_batch, device=here.device).clamp(min=1)
 
 
 __all__ = ["LivingMoeForCausalLM", "LivingMoeModel", "LivingMoePreTrainedModel"]

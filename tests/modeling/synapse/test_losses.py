@@ -131,6 +131,31 @@ def test_gradient_checkpointing_has_the_same_losses_and_gradients_and_leaves_not
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = lossy(**WEIGHTS).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    ids = token_ids(2, 20)
+    with pytest.raises(ConfigurationError, match="use_reentrant"):
+        model(ids, labels=ids)
+    model.config.synapse.energy_loss_coef = model.config.synapse.pool_loss_coef = 0.0
+    model(ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("coefficient", ["energy_loss_coef", "pool_loss_coef", "z_loss_coef"])
+def test_accumulating_gradients_changes_no_weight_of_a_loss(coefficient: str) -> None:
+    """As Trainer does it: each pass says how many tokens its optimizer step has, and nobody divides afterwards."""
+    ids, found = token_ids(4, 20), []
+    for passes in (1, 4):
+        model = lossy().train()
+        section = model.config.router if coefficient == "z_loss_coef" else model.config.synapse
+        setattr(section, coefficient, 0.5)
+        for part in ids.chunk(passes):
+            model(part, labels=part, num_items_in_batch=torch.tensor(4 * 19)).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_padding_counts_for_nothing() -> None:
     model = lossy(**WEIGHTS)
     ids, pads = token_ids(2, 8), torch.zeros(2, 3, dtype=torch.int64)
