@@ -69,6 +69,11 @@ class PlasticityMixin:
                 "plastic(keys=False) leaves only fast weights to learn, and this model's experts have none; make it "
                 "with synapse.postsynaptic, or let keys move."
             )
+        if self.config.synapse.postsynaptic and any(p.is_meta for p in self.parameters()):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "plastic() lets fast weights learn from the slow ones, which are offloaded here; load the model "
+                "without offloading."
+            )
         settings = PlasticityConfig.from_value({**self.config.plasticity.to_dict(), **forces})
         base = self._life  # type: ignore[attr-defined]
         if keys:

@@ -23,6 +23,7 @@ B rows, S queries, n keys, H heads, K edges a query uses, L queries of a chunk, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,13 +65,14 @@ class AttentionCall(NamedTuple):
     """What Transformers asks of an attention function.
 
     Attributes:
-        module: The attention layer.
+        layer: Gives the attention layer. (Of a module itself Accelerate, which moves all arguments of a module whose
+            weights are offloaded to where it computes, would move the weights.)
         query, key, value: (B, H, S, any), (B, groups, n, any), (B, groups, n, any).
         mask: Bool or additive (B, 1 or H, S, n); None is causal.
         softcap: Logits are softcap * tanh(logits / softcap).
     """
 
-    module: nn.Module
+    layer: Callable[[], nn.Module]
     query: Tensor
     key: Tensor
     value: Tensor
@@ -103,7 +105,7 @@ class AttentionCall(NamedTuple):
 
     def passed(self, weights: Tensor) -> Tensor:
         """What values give queries of these weights (B, H, L, n), the keys being one per head."""
-        kept = F.dropout(weights, self.dropout, self.module.training).to(self.value.dtype)
+        kept = F.dropout(weights, self.dropout, self.layer().training).to(self.value.dtype)
         return kept @ self.value[:, :, : weights.shape[-1]]
 
 
@@ -111,7 +113,7 @@ def plain_attention(call: AttentionCall) -> Tensor:
     """Attention without synapses, (B, S, H, width of a value)."""
     if call.softcap is None:
         plain: Tensor = sdpa_attention_forward(
-            call.module, call.query, call.key, call.value, call.mask, dropout=call.dropout, scaling=call.scaling
+            call.layer(), call.query, call.key, call.value, call.mask, dropout=call.dropout, scaling=call.scaling
         )[0]
         return plain
     # Without a mask, many queries are the first of a text, and a static cache has room behind them.
@@ -129,6 +131,7 @@ class AttentionSynapse(nn.Module):
 
     Attributes:
         cache: The key-value cache of the pass that the layer is in the midst of.
+        position_ids: Of the pass that the model is in the midst of; some backbones do not hand them to attention.
         step: Optimizer steps lived, for what stochastic release draws; None draws from torch's own generator.
     """
 
@@ -140,6 +143,7 @@ class AttentionSynapse(nn.Module):
         self.strength = nn.Parameter(torch.full((num_heads,), settings.strength))
         self.expression = nn.Parameter(torch.zeros(num_heads, len(HEAD_MOLECULES)))
         self.cache: Cache | None = None
+        self.position_ids: Tensor | None = None
         self.step: int | None = None
 
     def reset_parameters(self) -> None:
@@ -159,7 +163,7 @@ class AttentionSynapse(nn.Module):
         query, key, value = call.query, call.key, call.value
         if query.shape[1] != len(self.strength):
             raise ConfigurationError(
-                f"{type(call.module).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: "
+                f"{type(call.layer()).__name__} has {query.shape[1]} heads and its synapses {len(self.strength)}: "
                 f"attach them to a model whose layers all have config.num_attention_heads heads."
             )
         idle = not bool(self.strength.any())
@@ -169,20 +173,20 @@ class AttentionSynapse(nn.Module):
             return plain_attention(call)
         if cache is None and key.shape[2] > query.shape[2]:
             raise ConfigurationError(
-                f"{type(call.module).__name__} attends to {key.shape[2]} keys by {query.shape[2]} queries, and its "
+                f"{type(call.layer()).__name__} attends to {key.shape[2]} keys by {query.shape[2]} queries, and its "
                 f"synapses were not given the cache these come from: the layer calls attention twice, or takes its "
                 f"cache in a way of its own. Read with use_cache=False, or choose another attn_implementation."
             )
         if call.mask is not None and _shows_later(call.mask):
             raise ConfigurationError(
-                f"the attention mask of {type(call.module).__name__} lets tokens attend to later ones (a prefix, an "
+                f"the attention mask of {type(call.layer()).__name__} lets tokens attend to later ones (a prefix, an "
                 f"image), and synapses remember along a text; choose another attn_implementation for it."
             )
         # Pools are sums and differences of what is nearly equal: never in less than fp32.
         with torch.autocast(query.device.type, enabled=False):
             call = call._replace(key=key.to(query.dtype), value=value.to(query.dtype))
             found = self._attend(call, position_ids, None if idle else cache)
-        if idle and not (call.dropout > 0 and call.module.training):
+        if idle and not (call.dropout > 0 and call.layer().training):
             with torch.no_grad():
                 plain = plain_attention(call._replace(dropout=0.0))
             return plain + (found - found.detach())
@@ -264,7 +268,7 @@ class AttentionSynapse(nn.Module):
 
     def _rates(self) -> Rates:
         """Of every head's edges, (H, 1): they hold for all its keys."""
-        rates = self.presynapse.rates(self.expression[:, :-1], self.settings.attention_turn)
+        rates = self.presynapse(self.expression[:, :-1], self.settings.attention_turn)
         return Rates(*(rate.unsqueeze(1) for rate in rates))
 
     def _start(
@@ -473,10 +477,11 @@ def synaptic_attention_forward(
             f"{type(module).__name__} asks attention for {unknown[0]}, which synapses do not know; choose another "
             f"attn_implementation for it."
         )
-    if position_ids is not None and position_ids.dim() != 2:
+    position_ids = synapse.position_ids if position_ids is None else position_ids
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != query.shape[2]):
         position_ids = None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module, query, key, value, attention_mask, scaling, dropout, softcap)
+    call = AttentionCall(lambda: module, query, key, value, attention_mask, scaling, dropout, softcap)
     return synapse(call, position_ids, cache), None
 
 
@@ -532,7 +537,13 @@ def attach_attention_synapses(model: PreTrainedModel, settings: SynapseConfig | 
         if like is not None:
             module.synapse.to(like.device, like.dtype)
         module.register_forward_pre_hook(_hand_over_cache, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(_hand_over_positions, with_kwargs=True)
     model.set_attn_implementation(SYNAPTIC)
+
+
+def _hand_over_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for module in attention_layers(model):
+        module.synapse.position_ids = kwargs.get("position_ids")  # type: ignore[union-attr]
 
 
 def _hand_over_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -39,6 +39,10 @@ class RemembersEdges:
 
     edges: EdgeMemory
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles name classes, and this one's is made at run time."""
+        return _restored, (type(self).__bases__[1], self.__dict__)
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         self.edges.crop(tokens_to_remove)
@@ -66,6 +70,13 @@ def remembering(layer_class: type) -> type:
     return type(f"Remembering{layer_class.__name__}", (RemembersEdges, layer_class), {"__module__": __name__})
 
 
+def _restored(layer_class: type, attributes: dict[str, Any]) -> Any:
+    remembers: Any = remembering(layer_class)
+    layer = remembers.__new__(remembers)
+    layer.__dict__.update(attributes)
+    return layer
+
+
 def edge_memory(cache: Cache, layer: int, tokens: int, chunk: int) -> tuple[EdgeMemory, int]:
     """The memory of a layer that has just taken in `tokens`, and how many the layer has seen in all.
 
@@ -75,9 +86,7 @@ def edge_memory(cache: Cache, layer: int, tokens: int, chunk: int) -> tuple[Edge
     own: Any = cache.layers[layer]
     if not isinstance(own, RemembersEdges):
         # CPython does not let an instance of these classes change its own.
-        layer_class: Any = remembering(type(own))  # type: ignore[arg-type]
-        bare, own = own, layer_class.__new__(layer_class)
-        own.__dict__.update(bare.__dict__, edges=EdgeMemory(chunk))
+        own = _restored(type(own), {**own.__dict__, "edges": EdgeMemory(chunk)})
         cache.layers[layer] = own
     total, known = int(own.get_seq_length()), own.edges.get_seq_length()
     if known != total - tokens:

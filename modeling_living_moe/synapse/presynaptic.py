@@ -150,6 +150,10 @@ class Presynapse(nn.Module):
         values = (low + (high - low) * torch.sigmoid(start + self.scalars.float())).exp()
         return dict(zip(SCALARS, values.unbind(), strict=True))
 
+    def forward(self, expression: Tensor, turn: float) -> Rates:
+        """`rates`. Only to what is called does Accelerate bring offloaded weights."""
+        return self.rates(expression, turn)
+
     def rates(self, expression: Tensor, turn: float) -> Rates:
         """What expression makes of each edge.
 

@@ -247,7 +247,7 @@ class RouterSynapse(nn.Module):
         if len(self.tombstones.expression):
             vectors = torch.cat([vectors.float(), self.tombstones.expression])
         turn = float(len(root.address_N))
-        own_rates = self.presynapse.rates(vectors, turn)
+        own_rates = self.presynapse(vectors, turn)
         weights = chunk_weights(own_rates, length)
         rates = over_sequences(own_rates, num_texts)
         sample = self._sampler(passage, num_texts, vectors)
@@ -319,7 +319,8 @@ class RouterSynapse(nn.Module):
         """What the cache kept of the tokens on the first chunks, (G, chunks, c, A + 1), and where it is."""
         if not passage.texts.past_chunks:
             return None
-        return passage.texts.past(passage.kept[self.layer].flatten(0, 1))
+        kept = passage.kept[self.layer].to(self.strength.device)
+        return passage.texts.past(kept.flatten(0, 1))
 
     def _trace(self, texts: Texts, drives: list[Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor]:
         kept = texts.gather(torch.stack(drives, dim=1)).unflatten(0, texts.shape)

@@ -17,6 +17,7 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.olmoe import OlmoeConfig
+from transformers.models.persimmon import PersimmonConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 
 from living_moe import LivingMoeConfig, LivingMoeForCausalLM, attach_attention_synapses
@@ -53,6 +54,7 @@ FOREIGN: dict[str, Any] = {
     "gpt_neox": lambda: GPTNeoXConfig(
         **{name: value for name, value in _TINY.items() if name != "num_key_value_heads"}, tie_word_embeddings=False
     ),
+    "persimmon": lambda: PersimmonConfig(**{n: v for n, v in _TINY.items() if n != "num_key_value_heads"}),
     "olmoe": lambda: OlmoeConfig(**_TINY, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **_TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
@@ -223,7 +225,7 @@ def test_the_fast_path_is_the_loops_forward_and_backward(chunk: int, window: int
         mask = ((far >= 0) & (far < window))[None, None]
     weight = torch.randn(tokens, 2, 4, generator=torch.Generator().manual_seed(3))
     learned = [*given, *synapse.parameters()]
-    call = AttentionCall(Layer(), *given, mask, 0.5)
+    call = AttentionCall(Layer, *given, mask, 0.5)
     fast = synapse(call)[0]
     slow = looped(synapse, *given, lambda t, j: j <= t and (window is None or t - j < window))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
@@ -240,7 +242,7 @@ def error_of_chunks(turn: float, chunk: int, skipped: int = 64) -> tuple[float, 
     Random queries, the worst case, of two heads of 512 tokens, the first of which are left out: where there are few
     keys to choose from all of them are driven hard, and a first chunk hears nothing.
     """
-    call = AttentionCall(Layer(), *(t.detach() for t in inputs(512, groups=2, width=16)), None, 0.25)
+    call = AttentionCall(Layer, *(t.detach() for t in inputs(512, groups=2, width=16)), None, 0.25)
     outputs = []
     with torch.no_grad():
         for length in (1, chunk):
@@ -271,7 +273,7 @@ def test_a_key_in_use_is_primed_and_then_tires() -> None:
     key[:, :, 0], value[:, :, 0] = 1.5, 1.0
     synapse = AttentionSynapse(SynapseConfig(attention=True, strength=2.0, attention_chunk=1, attention_barrier=0.0), 1)
     with torch.no_grad():
-        call = AttentionCall(Layer(), query, key, value, None, 0.5)
+        call = AttentionCall(Layer, query, key, value, None, 0.5)
         share, plain = synapse(call)[0, :, 0, 0], plain_attention(call)[0, :, 0, 0]
     odds = torch.log(share[1:] / (1 - share[1:])) - torch.log(plain[1:] / (1 - plain[1:]))
     assert odds[0] > 1 and odds[2:].max() < -2
@@ -285,7 +287,7 @@ def test_the_barrier_weakens_what_is_far_by_its_distance_alone() -> None:
     for tokens in (21, 41):
         query, key = torch.zeros(1, 1, tokens, 4), torch.zeros(1, 1, tokens, 4)
         with torch.no_grad():
-            call = AttentionCall(Layer(), query, key, torch.eye(tokens)[None, None], None, 0.5)
+            call = AttentionCall(Layer, query, key, torch.eye(tokens)[None, None], None, 0.5)
             found.append(synapse(call)[0, 20, 0, :21].log())
     torch.testing.assert_close(found[0], found[1])
     distance = torch.arange(20, -1, -1.0)
@@ -362,6 +364,19 @@ def test_a_crop_within_a_chunk_keeps_the_state_and_one_behind_it_does_not() -> N
     assert cache.layers[0].edges.state is None
 
 
+@pytest.mark.parametrize("name", ["llama", "persimmon"])
+def test_texts_packed_in_a_row_have_pools_of_their_own(name: str) -> None:
+    """Also where the backbone keeps position ids from attention. A mask keeps the texts apart for everything else."""
+    model, lengths = attached(name, 1.5), (9, 11)
+    ids, text = token_ids(1, 20), torch.tensor([0] * 9 + [1] * 11)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    mask = ((text[:, None] == text) & torch.ones(20, 20, dtype=torch.bool).tril())[None, None]
+    packed = logits(model, ids, position_ids=positions, attention_mask=mask)
+    alone = [logits(model, part) for part in ids.split(lengths, dim=1)]
+    assert (packed - torch.cat(alone, dim=1)).abs().max() <= CACHED
+    assert torch.equal(logits(model, ids), logits(attached(name, 1.5), ids))
+
+
 def test_caches_by_another_name_are_found() -> None:
     model = attached("gpt_neox", 1.5)
     ids = token_ids(2, 20)
@@ -371,7 +386,7 @@ def test_caches_by_another_name_are_found() -> None:
 def test_keys_of_a_cache_that_synapses_were_not_given_are_refused() -> None:
     query, key, value = inputs(6)
     with pytest.raises(ConfigurationError, match="6 keys by 2 queries"):
-        module()(AttentionCall(Layer(), query[:, :, -2:], key, value, None, 0.5))
+        module()(AttentionCall(Layer, query[:, :, -2:], key, value, None, 0.5))
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -502,4 +517,4 @@ def test_a_cache_that_another_implementation_began_is_refused() -> None:
 
 def test_another_number_of_heads_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="3 heads"):
-        module(heads=2)(AttentionCall(Layer(), *inputs(4, heads=3), None, 0.5))
+        module(heads=2)(AttentionCall(Layer, *inputs(4, heads=3), None, 0.5))

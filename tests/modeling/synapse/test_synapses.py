@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from factories import drift, living_model, logits, relative_difference, source_model, token_ids
 from synaptic_models import BUILD, shared
 from torch import Tensor
@@ -177,6 +178,14 @@ def test_synapses_of_a_graft_are_at_rest_and_of_the_sources_dtype(kind: str, fam
     assert model.graft_verification.max_difference == 0.0
 
 
+def test_offloaded_weights_are_brought_to_synapses(kind: str) -> None:
+    model, ids = BUILD[kind](), token_ids(2, 20)
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert torch.equal(logits(offloaded, ids), logits(model, ids))
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(offloaded.generate(ids, **options), model.generate(ids, **options))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +200,14 @@ def test_synapses_of_a_graft_are_at_rest_and_of_the_sources_dtype(kind: str, fam
 def test_values_without_sense_are_refused(section: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="synapse"):
         SynapseConfig(**section)
+
+
+def test_offloaded_weights_learn_nothing_while_reading() -> None:
+    model = living_model("mixtral", "grow", sections={"synapse": {"postsynaptic": True}})
+    offloaded = cpu_offload(model, execution_device="cpu")
+    logits(offloaded, token_ids(2, 12))
+    with pytest.raises(ConfigurationError, match="offloaded"), offloaded.plastic(keys=False):
+        pass
 
 
 def test_continuous_batching_is_refused(kind: str) -> None:
