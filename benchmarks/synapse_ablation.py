@@ -200,7 +200,9 @@ def balance_table(rows: Rows) -> str:
             against = next(known for known, there in BALANCES.items() if there == other)
             apart = differences(rows, arm, other, "max_violation")
             by = mean_and_deviation(apart, 2)
-            claims.append(f"- {name}: MaxVio is {change(apart)}, against {against} ({by}).")
+            gained = differences(rows, arm, other, "loss")
+            loss = f"the loss {change(gained)} ({mean_and_deviation(gained, 4)})"
+            claims.append(f"- {name}, against {against}: MaxVio is {change(apart)} ({by}), {loss}.")
     table = markdown_table(["arm", "held-out loss", *HEADER, "strength learned"], lines)
     return "\n".join([table, "", *claims])
 
