@@ -26,11 +26,13 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import multiprocessing
 import random
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,17 @@ def overhead_report(rounds: int) -> str:
     return f"## Overhead of a lifecycle without events\n\n{machine()}, {rounds} pairs of steps.\n\n{table}"
 
 
+PARTS = ("steps", "growth", "overhead")
+
+
+def report(part: str, experts: int, rounds: int, shapes: Sequence[Shape]) -> str:
+    torch.set_num_threads(1)
+    tune_malloc()
+    if part == "steps":
+        return steps_report(experts, rounds, shapes)
+    return growth_report(experts + 8) if part == "growth" else overhead_report(10 * rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="steps, growth, overhead; all of them if none is named")
@@ -374,22 +387,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="of steps: hidden,intermediate,layers", metavar="H,I,L")
     parser.add_argument("--save", action="store_true", help=f"also write {RESULTS.name}/scale.md")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    tune_malloc()
+    if unknown := set(options.what) - set(PARTS):
+        parser.error(f"unknown part {sorted(unknown)}; choose from {list(PARTS)}")
     shapes = [Shape(*map(int, text.split(","))) for text in options.shapes] if options.shapes else SHAPES
-    reports = {
-        "steps": lambda: steps_report(options.experts, options.rounds, shapes),
-        "growth": lambda: growth_report(options.experts + 8),
-        "overhead": lambda: overhead_report(10 * options.rounds),
-    }
-    unknown = set(options.what) - set(reports)
-    if unknown:
-        parser.error(f"unknown part {sorted(unknown)}; choose from {list(reports)}")
     parts = []
-    for name in options.what or reports:
-        parts.append(reports[name]())
+    for name in options.what or PARTS:
+        # Each in a process of its own: peak memory is that of a process.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            parts.append(pool.submit(report, name, options.experts, options.rounds, shapes).result())
         print(f"\n{parts[-1]}\n", flush=True)
-        gc.collect()
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "scale.md").write_text("# A population of 1,400 experts\n\n" + "\n\n".join(parts) + "\n")
