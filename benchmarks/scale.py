@@ -368,7 +368,7 @@ def overhead_report(rounds: int) -> str:
     return f"## Overhead of a lifecycle without events\n\n{machine()}, {rounds} pairs of steps.\n\n{table}"
 
 
-PARTS = ("steps", "growth", "overhead")
+REPORTS = ("steps", "growth", "overhead")
 
 
 def report(part: str, experts: int, rounds: int, shapes: Sequence[Shape]) -> str:
@@ -387,11 +387,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="of steps: hidden,intermediate,layers", metavar="H,I,L")
     parser.add_argument("--save", action="store_true", help=f"also write {RESULTS.name}/scale.md")
     options = parser.parse_args()
-    if unknown := set(options.what) - set(PARTS):
-        parser.error(f"unknown part {sorted(unknown)}; choose from {list(PARTS)}")
+    if unknown := set(options.what) - set(REPORTS):
+        parser.error(f"unknown part {sorted(unknown)}; choose from {list(REPORTS)}")
     shapes = [Shape(*map(int, text.split(","))) for text in options.shapes] if options.shapes else SHAPES
     parts = []
-    for name in options.what or PARTS:
+    for name in options.what or REPORTS:
         # Each in a process of its own: peak memory is that of a process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             parts.append(pool.submit(report, name, options.experts, options.rounds, shapes).result())
