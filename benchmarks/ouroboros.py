@@ -15,8 +15,8 @@ symbols, start with 8 experts of which 2 serve a token, and have the same hidden
 - *all* is lifecycle, Φ trigger and the Poincaré ball;
 - *standard MoE, final size* has from the start as many experts as the second living arm at the end: equal parameters.
 
-Printed: loss on the 2,000 steps after the stream and on trajectories that were never read, experts at the end and on
-average, splits, deaths, slab growths (what the seed counts as router rebuilds), escapes, parameters, CPU seconds of
+Printed: loss on the 2,000 steps after the stream and on trajectories that were never read, experts over time,
+splits, deaths, slab growths (what the seed counts as router rebuilds), escapes, parameters, CPU seconds of
 training. The claim under test is half the loss of the standard MoE. No learner that sees eight symbols gets below what
 they leave open, which is printed too.
 
@@ -138,7 +138,8 @@ def chaos(cell: Cell) -> Result:
     steps = STREAM // reads
     optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    counts, started = [], time.process_time()
+    counts: list[float] = []
+    started = time.process_time()
     for step in range(steps):
         piece = symbols[:, step * reads : (step + 1) * reads + CONTEXT].unfold(1, CONTEXT + 1, 1).flatten(0, 1)
         logits, read = model(piece[:, :-1])
@@ -149,7 +150,7 @@ def chaos(cell: Cell) -> Result:
         scheduler.step()
         if living is not None:
             living.lifecycle_step(optimizer, loss=loss.detach())
-            counts.append(living.num_experts)
+            counts.append(float(living.num_experts))
         optimizer.zero_grad()
     seconds = time.process_time() - started
     kinds = [event.kind for event in living.lineage] if living is not None else []
@@ -157,11 +158,19 @@ def chaos(cell: Cell) -> Result:
     return {
         "ahead": loss_on(model, symbols[:, STREAM:]),
         "loss": loss_on(model, chaotic_symbols(TRAJECTORIES, CONTEXT + HELD_OUT, symbols=SYMBOLS, seed=cell["seed"])),
-        "experts": float(experts),
-        "mean_experts": statistics.fmean(counts or [experts]),
+        **over_time(counts or [float(experts)]),
         "parameters": float(parameters_of(model, living)),
         "train_seconds": seconds,
         **{kind: float(kinds.count(kind)) for kind in ("split", "death", "grow", "escape")},
+    }
+
+
+def over_time(counts: list[float]) -> Result:
+    """Of experts per layer after each step."""
+    return {
+        "experts_tenth": counts[len(counts) // 10],
+        "experts_half": counts[len(counts) // 2],
+        "experts": counts[-1],
     }
 
 
@@ -203,14 +212,15 @@ def table(rows: list[tuple[Cell, Result]], losses: dict[str, str]) -> str:
             line.append(mean_and_deviation([r[name] for r in mine]))
             shares = [one[name] / other[name] for one, other in zip(mine, by_arm[STANDARD], strict=True)]
             line.append(mean_and_deviation(shares, 3))
-        for name in ("experts", "mean_experts", "split", "death", "grow", "escape"):
+        for name in ("experts_tenth", "experts_half", "experts", "split", "death", "grow", "escape"):
             line.append(mean_and_deviation([r[name] for r in mine], 0))
         parameters = statistics.fmean(r["parameters"] for r in mine) / 1e3
         lines.append([*line, f"{parameters:,.0f} k", mean_and_deviation([r["train_seconds"] for r in mine], 0)])
     header = ["arm"]
     for title in losses:
         header += [title, "of the standard's"]
-    header += ["experts at the end", "on average", "splits", "deaths", "slab growths", "escapes", "parameters"]
+    header += ["experts after a tenth", "after half", "at the end", "splits", "deaths", "slab growths", "escapes"]
+    header += ["parameters"]
     return markdown_table([*header, "CPU seconds"], lines)
 
 
@@ -248,12 +258,12 @@ def on_text(cell: Cell) -> Result:
     records, seconds = train(model, domain.train, cell["steps"], cell["seed"], TEXT_RATE)
     living = model if isinstance(model, LivingMoeForCausalLM) else None
     kinds = [event.kind for event in living.lineage] if living is not None else []
-    per_layer = [statistics.fmean(record.experts) for record in records if record.experts]
-    experts = float(cell.get("experts", EXPERTS))
+    experts = [float(cell.get("experts", EXPERTS))]
+    if living is not None:
+        experts = [statistics.fmean(record.experts) for record in records]
     return {
         "loss": evaluate_blocks(model, domain.held_out, batch_size=BATCH).loss,
-        "experts": statistics.fmean(living.expert_counts) if living is not None else experts,
-        "mean_experts": statistics.fmean(per_layer) if living is not None else experts,
+        **over_time(experts),
         "parameters": float(parameters_of(model, living)),
         "train_seconds": seconds,
         **{kind: float(kinds.count(kind)) for kind in ("split", "death", "grow", "escape")},
