@@ -14,9 +14,9 @@ the median over rounds. "active" experts with direct gradients, top-2, fp32, 2,0
 and CPU seconds, splits, slab growths, the time of an event at the end, peak memory; and of every newborn whether its
 weights moved once it received tokens. One that received none must still be what its parent was at its birth.
 
-**overhead**: one model, steps with its lifecycle (a decision at every tenth, room for no event) in turns with steps
-without: no lifecycle step, no signals, no readings of gradients. Tokens are counted in both: the optimizer asks who had
-any.
+**overhead**: a model of each of two presets, steps with its lifecycle (a decision at every tenth, room for no event) in
+turns with steps without: no lifecycle step, no signals, no readings of gradients. Tokens are counted in both: the
+optimizer asks who had any.
 
 Times are of the processor (one thread), so that others on the machine disturb them little; milliseconds.
 """
@@ -76,7 +76,9 @@ SHAPES = (Shape(128, 256, 4), Shape(256, 512, 1))
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def living(shape: Shape, experts: int, lifecycle: dict[str, Any], **vitals: Any) -> LivingMoeForCausalLM:
+def living(
+    shape: Shape, experts: int, lifecycle: dict[str, Any], preset: str = "grow", **vitals: Any
+) -> LivingMoeForCausalLM:
     stock = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCABULARY,
@@ -91,7 +93,7 @@ def living(shape: Shape, experts: int, lifecycle: dict[str, Any], **vitals: Any)
         )
     )
     nn.init.normal_(stock.model.embed_tokens.weight)
-    model = living_moe.convert(stock, preset="grow", verify=False, lifecycle=lifecycle, vitals=vitals)
+    model = living_moe.convert(stock, preset=preset, verify=False, lifecycle=lifecycle, vitals=vitals)
     model.set_experts_implementation("active")
     return model.train()
 
@@ -317,13 +319,14 @@ def growth_report(most: int) -> str:
 
 # -- overhead ----------------------------------------------------------------------------------------------------------
 
+OVERHEAD_PRESETS = ("grow", "ouroboros")
 OVERHEAD_SHAPES = (Shape(128, 256, 4), Shape(256, 512, 4))
 
 
-def overhead(shape: Shape, rounds: int) -> list[str]:
+def overhead(shape: Shape, preset: str, rounds: int) -> list[str]:
     """A row: milliseconds of a step with and without its lifecycle, their ratio, in the median and in the mean."""
     torch.manual_seed(0)
-    model = living(shape, FEW, calm(FEW))
+    model = living(shape, FEW, calm(FEW), preset)
     lay_out(model, "few")
     optimizer = LivingAdamW(model, lr=LEARNING_RATE, direct_gradients=True)
     vitals = model.config.vitals
@@ -359,12 +362,19 @@ def overhead(shape: Shape, rounds: int) -> list[str]:
     one, other = (statistics.median(side) for side in seconds)
     paired = statistics.median(a / b for a, b in zip(*seconds, strict=True))
     mean = statistics.fmean(seconds[0]) / statistics.fmean(seconds[1])
-    return [str(shape), f"{1e3 * one:.1f}", f"{1e3 * other:.1f}", *(f"{100 * (r - 1):+.2f} %" for r in (paired, mean))]
+    return [
+        f"{preset}, {shape}",
+        f"{1e3 * one:.1f}",
+        f"{1e3 * other:.1f}",
+        *(f"{100 * (r - 1):+.2f} %" for r in (paired, mean)),
+    ]
 
 
 def overhead_report(rounds: int) -> str:
-    header = ("model of 8 experts", "with, ms", "without, ms", "overhead, median of pairs", "of the means")
-    table = markdown_table(header, [overhead(shape, rounds) for shape in OVERHEAD_SHAPES])
+    header = ("preset, model of 8 experts", "with, ms", "without, ms", "overhead, median of pairs", "of the means")
+    table = markdown_table(
+        header, [overhead(shape, preset, rounds) for preset in OVERHEAD_PRESETS for shape in OVERHEAD_SHAPES]
+    )
     return f"## Overhead of a lifecycle without events\n\n{machine()}, {rounds} pairs of steps.\n\n{table}"
 
 

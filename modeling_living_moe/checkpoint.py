@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from living_moe.configuration.errors import CheckpointError, LivingMoeError
 from living_moe.configuration.slabs import SLABS, is_frozen
+from living_moe.modeling_living_moe.alignment import align
 from living_moe.modeling_living_moe.block import LivingMoeBlock
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
@@ -134,6 +135,9 @@ class CheckpointMixin:
     ):
         """As Transformers' `from_pretrained`, but strict.
 
+        On CPU weights are in memory of their own, not views of the mapped file: the loaded model computes exactly what
+        the saved one did (`alignment.py`).
+
         Raises:
             CheckpointError: A shard is missing or truncated; a tensor is missing, unexpected or mis-shaped; the tables
                 do not describe a population; the lineage is broken. Each names the thing.
@@ -178,6 +182,7 @@ class CheckpointMixin:
         if path is not None:
             model._life.lineage_ = _read_lineage(path, kwargs)
         model.apply_trainability()
+        align(model)
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -18,6 +18,7 @@ C capacity of a slab, E alive experts of the layer, D tombstones, P facets, L le
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -278,6 +279,7 @@ class Population(KeepsDtype):
         self._books: dict[torch.device, AddressBook] = {}
         self._is_biased: bool | None = None
         self._clades: tuple[Tensor, int] | None = None
+        self._leading_roots: int | None = None
         for name in SLABS:
             if capacity := capacities.get(name, 0):
                 self.add_module(name, IdentityTable(capacity))
@@ -349,7 +351,7 @@ class Population(KeepsDtype):
             leaves: Whether the tables of facets changed too; their reading takes longest.
         """
         self.version += 1
-        self._members = self._alive = self._tombstones = self._is_biased = self._clades = None
+        self._members = self._alive = self._tombstones = self._is_biased = self._clades = self._leading_roots = None
         if leaves:
             self._leaves = None
         self._views.clear()
@@ -433,6 +435,14 @@ class Population(KeepsDtype):
             counts = {slab: sum(member.slab == slab for member in self.members) for slab in self.slabs}
             self._alive = {slab: count for slab, count in counts.items() if count}
         return self._alive
+
+    @property
+    def leading_roots(self) -> int:
+        """How many members of the root field come before the first one of a newborn field, in slot order."""
+        if self._leading_roots is None:
+            roots = itertools.takewhile(lambda member: member.field == ROOT_FIELD, self.members)
+            self._leading_roots = sum(1 for _ in roots)
+        return self._leading_roots
 
     @property
     def is_fresh(self) -> bool:

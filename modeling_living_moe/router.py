@@ -227,7 +227,7 @@ class LivingRouter(nn.Module):
         sparse = choices is None and not all_logits and self._spares_gradients(count)
         # Detached, not under `no_grad`: autocast would keep the keys that were cast there, without a gradient.
         scored_TD, scored_ED = (query_TD.detach(), keys_ED.detach()) if sparse else (query_TD, keys_ED)
-        logits_TE = self.logits(scored_TD, scored_ED)
+        logits_TE = self._logits_of_members(scored_TD, scored_ED, population.leading_roots)
         logits_TA = logits_TE
         if population.tombstone_bias.numel():
             left_TD = self.logits(scored_TD, population.tombstone_key)
@@ -249,6 +249,16 @@ class LivingRouter(nn.Module):
         if sparse:
             weights_TK = self._with_gradient(chosen, query_TD, keys_ED, population, logits_TA)
         return logits_TE, weights_TK, chosen.index_TK
+
+    def _logits_of_members(self, query_TD: Tensor, keys_ED: Tensor, roots: int) -> Tensor:
+        """(T, E); the first `roots` keys have a product of their own.
+
+        Where newborns live in receptive fields it is the source's product, bit for bit: in a common one with their keys
+        a kernel may round the source's scores otherwise.
+        """
+        if not 0 < roots < len(keys_ED):
+            return self.logits(query_TD, keys_ED)
+        return torch.cat([self.logits(query_TD, keys_ED[:roots]), self.logits(query_TD, keys_ED[roots:])], dim=1)
 
     def _spares_gradients(self, addresses: int) -> bool:
         """Whether gradients are taken at the chosen addresses only."""

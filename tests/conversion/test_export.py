@@ -241,7 +241,9 @@ def test_float64_exports_field_1_to_float64_precision(family: str, tmp_path: Pat
         expected = logits(model, IDS)
     exported = living_moe.export(model, tmp_path / "plain", field=1)
     assert exported.dtype == torch.float64
-    assert relative_difference(logits(exported, IDS), expected) < 1e-12
+    # DeepSeek-V3 routes in fp32 whatever the model's dtype; a product rounds by the keys that are in it.
+    bound = 1e-6 if family == "deepseek_v3" else 1e-12
+    assert relative_difference(logits(exported, IDS), expected) < bound
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -103,7 +103,26 @@ def test_router_logits_are_those_of_every_alive_expert() -> None:
     with torch.no_grad():
         output = model(mixed_text(2, 6), output_router_logits=True)
     assert [tuple(logits.shape) for logits in output.router_logits] == [(12, 9), (12, 7)]
-    assert torch.equal(output.router_logits[0][:, 3], output.router_logits[0][:, 8])
+    torch.testing.assert_close(output.router_logits[0][:, 3], output.router_logits[0][:, 8], rtol=1e-6, atol=1e-6)
+
+
+def test_closed_newborns_are_in_no_product_with_the_sources_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = source_model("mixtral"), living_model("mixtral", "frozen-graft")
+    for uid in range(3):
+        model.split_expert(0, uid)
+    hidden_TH = torch.randn(20, HIDDEN)
+    block = model.living_blocks[0]
+
+    def rounding(self: LivingRouter, query_TD: Tensor, keys_ED: Tensor) -> Tensor:
+        """As a kernel may: by how many keys there are."""
+        return (query_TD @ keys_ED.T) * (1.0 + 1e-6 * len(keys_ED))
+
+    monkeypatch.setattr(LivingRouter, "logits", rounding)
+    roots_E = torch.tensor([member.field == 0 for member in block.population.members])
+    assert 0 < int(roots_E.sum()) < len(roots_E)
+    logits_TE = block.router(hidden_TH, block.population)[0]
+    keys_ED = source.model.layers[0].mlp.gate.weight
+    assert torch.equal(logits_TE[:, roots_E], rounding(block.router, hidden_TH, keys_ED))
 
 
 # -- load-balancing loss -----------------------------------------------------------------------------------------------
