@@ -95,7 +95,8 @@ class FieldDelta(nn.Module):
 
     def new_field(self, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Maps (R, in_features) and (out_features, R) of one more field, like the others; not yet in the module."""
-        drawn = torch.randn(self.rank, self.in_features, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(self.rank, self.in_features, generator=generator, dtype=torch.float32, device="cpu")
         like = self.down[0]
         down = nn.Parameter((drawn * self.in_features**-0.5).to(like), requires_grad=like.requires_grad)
         return down, nn.Parameter(like.new_zeros(self.out_features, self.rank), requires_grad=like.requires_grad)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.mixtral import modeling_mixtral
@@ -21,7 +22,7 @@ from living_moe.configuration.errors import ConversionError
 
 @dataclass(frozen=True)
 class Scoring:
-    """From router logits to choice and weights. Softmax and sigmoid are computed in fp32, as all families do.
+    """From router logits to choice and weights. Softmax and sigmoid are computed in fp32, as all families do, or wider.
 
     Attributes:
         top_k: Clades per token.
@@ -33,6 +34,7 @@ class Scoring:
         fp32_logits: Hidden states and keys are multiplied in fp32.
         cast_weights: Weights are cast back to the logits' dtype.
         sorted: Chosen clades come in descending order of score.
+        wide: Scores of float64 logits are float64; the families' are fp32 whatever the dtype.
     """
 
     top_k: int
@@ -45,6 +47,11 @@ class Scoring:
     fp32_logits: bool = False
     cast_weights: bool = False
     sorted: bool = True
+    wide: bool = False
+
+    def scores_dtype(self, logits: torch.dtype) -> torch.dtype:
+        """Of softmax and sigmoid."""
+        return torch.promote_types(logits, torch.float32) if self.wide else torch.float32
 
 
 @dataclass(frozen=True)

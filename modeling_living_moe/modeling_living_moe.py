@@ -143,6 +143,7 @@ class LivingMoeModel(LivingMoePreTrainedModel):
         self.trend = LossTrend()
         self.stagnation = StagnationDetector(config.escape) if config.escape.enabled else None
         self._steps: int | None = None
+        self._ready_for: tuple[int, int] | None = None
         self.lineage_ = Lineage()
         self.post_init()
         # Initial weights begin a new life, whatever past the config tells of.

@@ -96,11 +96,16 @@ def phi_evidence(outputs_MSH: Tensor, share_M: Tensor, part_SK: Tensor, real_S: 
         real_S: Bool, tokens that count; None is all.
 
     Returns:
-        The Gram matrix of the experts' outputs, the sum of the tokens' integrations, the number of tokens.
+        The Gram matrix of the experts' outputs, the sum of the tokens' integrations, the number of tokens, those left
+        out on which most experts' outputs are not finite.
     """
     dtype = share_M.dtype
     real_S = torch.ones_like(part_SK[:, 0], dtype=torch.bool) if real_S is None else real_S
-    finite_M = outputs_MSH.isfinite().all(dim=-1).logical_or(~real_S).all(dim=-1)
+    finite_MS = outputs_MSH.isfinite().all(dim=-1)
+    # A token that overflowed says nothing of the experts, and an expert that did so on others nothing at all.
+    real_S = real_S & (2 * finite_MS.sum(dim=0) > len(finite_MS))
+    finite_M = finite_MS.logical_or(~real_S).all(dim=-1)
+    real_S = real_S & finite_M.any()
     counts_MS1 = (finite_M.unsqueeze(1) & real_S).unsqueeze(2)
     outputs_MSH = outputs_MSH.where(counts_MS1, torch.zeros_like(outputs_MSH)).to(dtype)
     # First into the range where squares neither overflow nor vanish; that scale cancels in the next line.

@@ -19,6 +19,7 @@ C capacity of a slab, E alive experts of the layer, D tombstones, P facets, L le
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -450,18 +451,20 @@ class Population(KeepsDtype):
         return not self.tombstones and all(m.uid == m.clade and m.field == ROOT_FIELD for m in self.members)
 
     def find(self, uid: int, layer: int) -> Member:
-        """The alive expert with this uid.
+        """The alive expert with this uid: any integer, of NumPy or torch too. What is kept of it is `Member.uid`.
 
         Raises:
             UnknownExpertError: The uid was never given in this layer, or its expert is dead.
         """
+        try:
+            number = NOBODY if isinstance(uid, bool) else operator.index(uid)
+        except TypeError:
+            number = NOBODY
         for member in self.members:
-            if member.uid == uid:
+            if member.uid == number:
                 return member
         issued = int(self.next_uid)
-        fate = (
-            "is dead" if isinstance(uid, int) and 0 <= uid < issued else f"never existed (uids so far: 0..{issued - 1})"
-        )
+        fate = "is dead" if 0 <= number < issued else f"never existed (uids so far: 0..{issued - 1})"
         raise UnknownExpertError(f"layer {layer}: expert uid {uid!r} {fate}; alive uids: {self.uids}.")
 
     def cell(self, member: Member) -> list[Member]:
@@ -630,7 +633,7 @@ class Population(KeepsDtype):
             row, column, side = torch.tensor(steps).unbind(1)
             path[row, column] = side.to(path.dtype)
         normal = torch.stack([normals[f].to(device, torch.float32) for f in used]) if used else None
-        self.facet_normal = torch.zeros(0, self.hidden_size, device=device) if normal is None else normal
+        self.facet_normal = self.facet_normal.new_zeros(0, self.hidden_size) if normal is None else normal
         self.facet_offset = torch.tensor([offsets[f] for f in used], dtype=torch.float32, device=device)
         self.leaf_uid = torch.tensor([leaf.uid for leaf in leaves], dtype=torch.int64, device=device)
         self.leaf_path = path.to(device)
@@ -645,7 +648,7 @@ class Population(KeepsDtype):
         device = self.tombstone_key.device
         places = [[t.uid, t.clade, t.field, t.group, t.heir] for t in tombstones]
         self.tombstone_place = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 5)
-        empty = torch.zeros(0, self.key_size, device=device)
+        empty = self.tombstone_key.new_zeros(0, self.key_size)
         self.tombstone_key = torch.stack([key.to(device, torch.float32) for key in keys]) if keys else empty
         self.tombstone_bias = torch.tensor(biases, dtype=torch.float32, device=device)
         self.stale(leaves=False)

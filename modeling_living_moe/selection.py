@@ -83,9 +83,9 @@ class FamilySelection(Selection):
     def forward(self, logits_TN: Tensor, bias_TN: Tensor | None, columns: Columns) -> tuple[Tensor, Tensor]:
         rule, num_open = self.scoring, columns.num_open
         if rule.function == "softmax":
-            scores_TN = F.softmax(logits_TN, dim=-1, dtype=torch.float32)
+            scores_TN = F.softmax(logits_TN, dim=-1, dtype=rule.scores_dtype(logits_TN.dtype))
         else:
-            scores_TN = logits_TN.float().sigmoid()
+            scores_TN = logits_TN.to(rule.scores_dtype(logits_TN.dtype)).sigmoid()
         if bias_TN is None and rule.num_groups == 1:
             weights_TK, chosen_TK = torch.topk(scores_TN[:, :num_open], rule.top_k, dim=-1, sorted=rule.sorted)
         else:
@@ -122,10 +122,11 @@ class FamilySelection(Selection):
         return self.scoring.function != "softmax" or self.scoring.normalise
 
     def weigh(self, logits_TK: Tensor, used_TK: Tensor) -> Tensor:
+        dtype = self.scoring.scores_dtype(logits_TK.dtype)
         if self.scoring.function == "softmax":
-            weights_TK = F.softmax(logits_TK, dim=-1, dtype=torch.float32)
+            weights_TK = F.softmax(logits_TK, dim=-1, dtype=dtype)
         else:
-            weights_TK = logits_TK.float().sigmoid()
+            weights_TK = logits_TK.to(dtype).sigmoid()
         return finish(weights_TK, self.scoring, logits_TK.dtype)
 
 

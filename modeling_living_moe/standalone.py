@@ -16,17 +16,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import MixtralConfig
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from living_moe.configuration import LivingMoeConfig
-from living_moe.configuration.errors import CheckpointError, ConfigurationError, PopulationError
+from living_moe.configuration.errors import (
+    CheckpointError,
+    ConfigurationError,
+    PopulationError,
+    TrainingDivergedError,
+)
 from living_moe.configuration.sections import did_you_mean
 from living_moe.configuration.slabs import SLABS, slab_name
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock, SlotParameter, in_backward
@@ -39,6 +47,7 @@ from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent
 from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
+from living_moe.modeling_living_moe.lifecycle.policies import policy_named
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
 from living_moe.modeling_living_moe.modeling_living_moe import Clock
 from living_moe.modeling_living_moe.population import Population
@@ -71,8 +80,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         preset: Of the sections, see `living_moe.PRESETS`.
         hidden_act: Activation of the experts' gates, a name Transformers knows.
         experts_implementation: How experts are computed: "eager", "batched_mm", "grouped_mm", or "active", whose cost
-            follows the experts that receive tokens. None is "grouped_mm" where H and I are multiples of 8, which its
-            kernels need, else "active".
+            follows the experts that receive tokens. None is "grouped_mm" where H and I are multiples of 8 and the dtype
+            is not float64, as its kernels need, else "active".
         **sections: Per section a dict of the fields to set otherwise, such as `lifecycle={"max_experts": 64}`. Unless
             given, `experts.init_gain` is 1.
 
@@ -98,12 +107,19 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
                 raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}.")
         if top_k > n_experts:
             raise ConfigurationError(f"top_k is {top_k} but there are n_experts = {n_experts}; lower top_k.")
-        if experts_implementation is None:
-            experts_implementation = "active" if d_model % 8 or d_ff % 8 else "grouped_mm"
+        self._chooses = experts_implementation is None
         known = ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys())
-        if experts_implementation not in known:
-            hint = did_you_mean(str(experts_implementation), known)
-            raise ConfigurationError(f"experts_implementation is {experts_implementation!r}.{hint}")
+        for name, value, choices in (
+            ("experts_implementation", "eager" if self._chooses else experts_implementation, known),
+            ("hidden_act", hidden_act, tuple(ACT2FN)),
+        ):
+            if value not in choices:
+                raise ConfigurationError(f"{name} is {value!r}.{did_you_mean(str(value), choices)}")
+        if experts_implementation == "grouped_mm" and (d_model % 8 or d_ff % 8):
+            raise ConfigurationError(
+                f"experts_implementation 'grouped_mm' needs sizes that are multiples of 8, got d_model {d_model} and "
+                f"d_ff {d_ff}; leave it out, or take 'active'."
+            )
         experts = sections.get("experts", {})
         if isinstance(experts, Mapping):
             sections["experts"] = {"init_gain": 1.0, **experts}
@@ -122,7 +138,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         ):
             if asked:
                 raise ConfigurationError(f"{name} is True (preset {preset!r}), which needs a whole living model.")
-        self.config.backbone_config._experts_implementation = experts_implementation
+        policy_named(self.config.lifecycle.policy)
+        self.config.backbone_config._experts_implementation = experts_implementation or "active"
         slab = slab_name(0, frozen=self.config.experts.freeze_pretrained)
         self.block = self._new_block({slab: n_experts})
         self.clock = Clock()
@@ -132,7 +149,9 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         self.fields = None
         self.lineage_ = Lineage()
         self._steps: int | None = None
+        self._ready_for: tuple[int, int] | None = None
         self._init_weights()
+        self._choose_implementation()
         self._set_trainable()
         self.record_populations()
         self.register_load_state_dict_post_hook(_after_loading)
@@ -145,7 +164,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             family,
             LAYER,
             capacities,
-            scoring=dataclasses.replace(scoring, normalise=scoring.top_k > 1),
+            scoring=dataclasses.replace(scoring, normalise=scoring.top_k > 1, wide=True),
             router=config.router,
             experts=config.experts,
             trainable=config.trainable,
@@ -153,6 +172,18 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             escape=config.escape,
             **tables,
         )
+
+    def _choose_implementation(self) -> None:
+        """The fastest that the sizes and the dtype allow, where none was asked for."""
+        if self._chooses:
+            weight = next(iter(self.slot_parameters())).parameter
+            fits = self.d_model % 8 == self.d_ff % 8 == 0 and weight.dtype != torch.float64
+            self.config.backbone_config._experts_implementation = "grouped_mm" if fits else "active"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StandaloneLivingMoe:
+        super()._apply(fn, recurse)
+        self._choose_implementation()
+        return self
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -182,17 +213,23 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
                 counted. None counts all.
 
         Raises:
-            ConfigurationError: Another number of features, or a mask of another shape.
+            ConfigurationError: No floating point tensor, another number of features, or a mask of another shape.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigurationError(f"the input must be a floating point tensor (..., {self.d_model}), got {found}.")
         if x.shape[-1] != self.d_model:
             raise ConfigurationError(f"the input has {x.shape[-1]} features but d_model is {self.d_model}.")
+        if token_mask is not None and not isinstance(token_mask, Tensor):
+            raise ConfigurationError(f"token_mask must be a bool tensor, got {type(token_mask).__name__}.")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ConfigurationError(
                 f"token_mask has shape {tuple(token_mask.shape)} but there are tokens of shape {tuple(x.shape[:-1])}."
             )
         hidden = x.reshape(1, -1, self.d_model)
         if not hidden.shape[1]:
-            return x
+            # A tensor of its own, on which every parameter depends, as on that of any batch.
+            return x + sum(p.flatten()[0] for p in self.parameters() if p.requires_grad).to(x)  # type: ignore[union-attr]
         mask = None if token_mask is None else token_mask.reshape(1, -1).bool()
         vitals = self.config.vitals
         self.block.context = ForwardContext(
@@ -337,7 +374,14 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
 
         Returns:
             The events that happened, in order; empty on most steps.
+
+        Raises:
+            TrainingDivergedError: The loss is nan or infinite.
+            ConfigurationError: The loss is not one number; unknown `lifecycle.policy`.
+            OptimizerError: The optimizer is unsupported, or was built before a slab grew. In all of these cases
+                nothing of the step has happened.
         """
+        self._require_ready(optimizer)
         self._observe_loss(loss)
         return super().lifecycle_step(optimizer)
 
@@ -346,26 +390,40 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
     ) -> tuple[list[int], list[int]]:
         """The call of those who come from `OuroborosMoELayer`: one decision, now; who died and who was born.
 
-        To be called now and then in place of `lifecycle_step`. A call is one step of the block's clock: ages, cooldown
-        and patience count calls, and neither `lifecycle.warmup_steps` nor `interval` delays the decision.
+        To be called now and then in place of `lifecycle_step`, before gradients are zeroed: each call reads them. A
+        call is one step of the block's clock: ages, cooldown and patience count calls, and neither
+        `lifecycle.warmup_steps` nor `interval` delays the decision. Who had no token since the last call is not judged.
 
         Returns:
             dead, born: Uids. Of a merge all but the survivor are dead.
+
+        Raises:
+            As `lifecycle_step`; `PopulationError` where the lifecycle is not enabled.
         """
         if not self.config.lifecycle.enabled:
             raise PopulationError("lifecycle.enabled is False, so there is no decision to make; set it to True.")
+        self._require_ready(optimizer)
         self._observe_loss(loss)
-        self._live_a_step()
-        events = self._step_escapes(optimizer) + self._decide(optimizer)
+        self._live_a_step(reads=True)
+        # Every call decides: what held for an interval held for one call.
+        config = dataclasses.replace(self.config.lifecycle, interval=1)
+        events = self._step_escapes(optimizer) + self._decide(optimizer, config)
         dead = [uid for e in events if e.kind in ("death", "merge") for uid in e.parents if uid not in e.children]
         return dead, [uid for e in events if e.kind == "split" for uid in e.children]
 
     def _observe_loss(self, loss: Tensor | float | None) -> None:
         if loss is None:
             return
+        if not isinstance(loss, Tensor | Real) or isinstance(loss, bool) or torch.as_tensor(loss).is_complex():
+            raise ConfigurationError(f"the loss is {loss!r}; give one number, or a tensor of one.")
         told = torch.as_tensor(loss).detach().float()
         if told.numel() != 1:
             raise ConfigurationError(f"the loss has shape {tuple(told.shape)}; give one number, such as loss.mean().")
+        if not math.isfinite(float(told)):
+            raise TrainingDivergedError(
+                f"the loss is {float(told)} at step {self.steps_lived + 1}; training has diverged. Nothing of the step "
+                f"was taken. For a step that a gradient scaler skips, leave loss out."
+            )
         self.drift.observe_loss(told.reshape(()))
 
     # -- state dict ------------------------------------------------------------------------------------------------
@@ -421,10 +479,12 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         problems += [f"unexpected {name}" for name in incoming if name not in expected and name != EXTRA]
         problems += [f"missing {EXTRA}"] if EXTRA not in incoming else []
         for name, value in expected.items():
-            given = incoming.get(name)
-            if isinstance(given, Tensor) and (
-                given.shape != value.shape or given.is_floating_point() != value.is_floating_point()
-            ):
+            if name not in incoming:
+                continue
+            given = incoming[name]
+            if not isinstance(given, Tensor):
+                problems.append(f"{name} is a {type(given).__name__}, expected a tensor")
+            elif given.shape != value.shape or given.is_floating_point() != value.is_floating_point():
                 problems.append(f"{name} is {given.dtype} {tuple(given.shape)}, expected {tuple(value.shape)}")
         if problems:
             raise CheckpointError(
@@ -484,10 +544,8 @@ class LivingParts:
     def parts(self) -> list[StandaloneLivingMoe]:
         return [module for module in self.model.modules() if isinstance(module, StandaloneLivingMoe)]
 
-    @property
-    def training(self) -> bool:
-        """Whether any block counts tokens."""
-        return any(part.training for part in self.parts)
+    def counts_tokens(self, layer: int) -> bool:
+        return self.parts[layer].training
 
     @property
     def population_version(self) -> int:

@@ -457,7 +457,7 @@ class Vitals(Deferred[StepCounts]):
         aged_E = (lived | ~some_K[:, None]).sum(dim=0)
         # Whether an expert has not lived from this step on, to the last.
         waiting = (~lived).long().flip(0).cumprod(0).flip(0)
-        idle_E = (some_K[:, None] * waiting).sum(dim=0)
+        idle_E = waiting.sum(dim=0)
         tokens_E = received.long().sum(dim=0)
         first = 0
         for table, count in tables:

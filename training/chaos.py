@@ -6,9 +6,10 @@ The coupled map lattice of Kaneko 1984 (Prog. Theor. Phys. 72, 480): with f(x) =
 
 Each trajectory has an r of its own, which nobody tells the learner. Only site 0 is seen, cut into bins of equal width
 over [0, 1]: the next symbol follows from the last few as far as those tell r and where the other sites are (Takens
-1981), so there is always more to learn and never everything. No learner can get below the rate at which chaos makes new
-information, which is the sum of the positive Lyapunov exponents (Pesin; `entropy_rate`). The stream is endless,
-deterministic in its seed, needs no download, and any learner may be given as many fresh symbols as it has steps.
+1981), so there is always more to learn and never everything: chaos makes new information at a rate of the sum of its
+positive Lyapunov exponents (Pesin; `entropy_rate`), and what a few symbols leave open is counted (`least_loss`). The
+stream is endless, deterministic in its seed, needs no download, and any learner may be given as many fresh symbols as
+it has steps.
 
 N sites, B trajectories, S steps, W symbols of context.
 """
@@ -16,6 +17,8 @@ N sites, B trajectories, S steps, W symbols of context.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import datasets
@@ -24,8 +27,9 @@ from torch import Tensor
 
 from living_moe.configuration.errors import TrainingError
 
-#: Steps before the first symbol, for which a trajectory takes to reach the attractor.
-TRANSIENT = 200
+#: Steps before the first symbol. Some hundreds lead near the attractor, but in some trajectories chaos is transient:
+#: for thousands of steps more and more of them come to rest in a period.
+TRANSIENT = 5000
 
 
 def chaotic_symbols(
@@ -55,15 +59,8 @@ def chaotic_symbols(
     Raises:
         TrainingError: A number is outside of its range.
     """
-    ranges = {
-        "trajectories": (trajectories, 1, None), "steps": (steps, 1, None), "symbols": (symbols, 2, None),
-        "sites": (sites, 1, None), "growth": (min(growth), 0, 4), "largest growth": (max(growth), 0, 4),
-        "coupling": (coupling, 0, 1),
-    }  # fmt: skip
-    for name, (value, least, most) in ranges.items():
-        if not (least <= value and (most is None or value <= most)):
-            span = f"at least {least}" if most is None else f"in [{least}, {most}]"
-            raise TrainingError(f"chaotic_symbols: {name} must be {span}, got {value}.")
+    _check(trajectories, steps, sites, growth, coupling, seed)
+    _check_count("symbols", symbols, 2)
     x_BN, r_B1 = _start(trajectories, sites, growth, seed)
     seen = torch.empty(trajectories, steps, dtype=torch.int64)
     for step in range(-TRANSIENT, steps):
@@ -71,6 +68,23 @@ def chaotic_symbols(
             seen[:, step] = (x_BN[:, 0] * symbols).long().clamp_(max=symbols - 1)
         x_BN = _moved(x_BN, r_B1, coupling)
     return seen
+
+
+def _check(trajectories: int, steps: int, sites: int, growth: tuple[float, float], coupling: float, seed: int) -> None:
+    """Raise `TrainingError` for what makes no trajectory."""
+    for name, value, least in (("trajectories", trajectories, 1), ("steps", steps, 1), ("sites", sites, 1)):
+        _check_count(name, value, least)
+    _check_count("seed", seed, 0)
+    if not isinstance(growth, Sequence) or len(growth) != 2:
+        raise TrainingError(f"growth must be two numbers, the least and the largest, got {growth!r}.")
+    for name, number, most in (("growth", growth[0], 4), ("growth", growth[1], 4), ("coupling", coupling, 1)):
+        if not isinstance(number, Real) or not 0 <= number <= most:
+            raise TrainingError(f"{name} must be in [0, {most}], got {number!r}.")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise TrainingError(f"{name} must be an int of at least {least}, got {value!r}.")
 
 
 def _start(trajectories: int, sites: int, growth: tuple[float, float], seed: int) -> tuple[Tensor, Tensor]:
@@ -98,12 +112,18 @@ def entropy_rate(
 ) -> float:
     """Nats of new information a step, on average: the sum of the positive Lyapunov exponents of each trajectory.
 
-    By Pesin's identity the entropy rate of symbols that tell all points apart in the long run, however coarse, and so
-    the least loss of a learner that has seen all of their past. Exponents by QR (Benettin et al. 1980).
+    By Pesin's identity the entropy rate of symbols that tell all points of the ring apart in the long run, and so the
+    least loss of a learner that has seen all of their past. Symbols of one site do that where the ring is small (for
+    two sites it was seen); where they do not, they bring less, and this is a bound from above. Exponents by QR
+    (Benettin et al. 1980).
 
     Args:
         As `chaotic_symbols`.
+
+    Raises:
+        TrainingError: As `chaotic_symbols`.
     """
+    _check(trajectories, steps, sites, growth, coupling, seed)
     x_BN, r_B1 = _start(trajectories, sites, growth, seed)
     eye_NN = torch.eye(sites, dtype=torch.float64)
     mix_NN = (1 - coupling) * eye_NN + coupling / 2 * (eye_NN.roll(1, dims=1) + eye_NN.roll(-1, dims=1))
@@ -120,8 +140,9 @@ def entropy_rate(
 def least_loss(context: int, trajectories: int, steps: int, **settings: Any) -> float:
     """Nats of the next symbol that its last `context` do not tell: what no predictor from them can fall below.
 
-    The conditional entropy of all windows of a sample, by counting them (Miller and Madow 1955). Few windows make it
-    smaller than it is: by 0.01 nats where a word that occurs does so 14 times, so it is a bound from below.
+    The conditional entropy of all windows of a sample, by counting them: on these very windows the least mean loss of
+    any function of the context. Of the same trajectories for ever it is a bound from below, as few windows make it
+    smaller than it is; give it millions.
 
     Args:
         context: W.
@@ -131,8 +152,11 @@ def least_loss(context: int, trajectories: int, steps: int, **settings: Any) -> 
         TrainingError: Words of W + 1 symbols are more than int64 can number, or a setting is out of its range.
     """
     symbols = settings.get("symbols", 32)
-    if context < 0 or (context + 1) * math.log2(symbols) > 63:
-        raise TrainingError(f"least_loss: context must be in [0, {int(63 / math.log2(symbols)) - 1}], got {context}.")
+    _check_count("symbols", symbols, 2)
+    _check_count("context", context, 0)
+    _check_count("steps", steps, 1)
+    if (context + 1) * math.log2(symbols) > 63:
+        raise TrainingError(f"context must be at most {int(63 / math.log2(symbols)) - 1}, got {context}.")
     windows = chaotic_symbols(trajectories, steps + context, **settings).unfold(1, context + 1, 1).flatten(0, 1)
     known = (windows[:, :-1] * symbols ** torch.arange(context)).sum(1)
     return _entropy(known * symbols + windows[:, -1]) - _entropy(known)
@@ -142,7 +166,7 @@ def _entropy(words: Tensor) -> float:
     """Nats of a sample of words, int64 (any,)."""
     counts = words.unique(return_counts=True)[1].double()
     share = counts / counts.sum()
-    return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * counts.sum()))
+    return float(-(share * share.log()).sum())
 
 
 def chaotic_dataset(trajectories: int, steps: int, *, block_size: int, **settings: Any) -> datasets.Dataset:
@@ -155,8 +179,9 @@ def chaotic_dataset(trajectories: int, steps: int, *, block_size: int, **setting
     Raises:
         TrainingError: A number is outside of its range, or a trajectory is shorter than one block.
     """
-    if not 1 <= block_size <= steps:
-        raise TrainingError(f"chaotic_dataset: block_size must be in [1, {steps}], got {block_size}.")
+    _check_count("steps", steps, 1)
+    if not isinstance(block_size, int) or not 1 <= block_size <= steps:
+        raise TrainingError(f"chaotic_dataset: block_size must be in [1, {steps}], got {block_size!r}.")
     symbols_BS = chaotic_symbols(trajectories, steps, **settings)
     rows = symbols_BS[:, : steps // block_size * block_size].reshape(-1, block_size)
     return datasets.Dataset.from_dict({"input_ids": rows.tolist()})

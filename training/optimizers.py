@@ -47,9 +47,8 @@ class SlotParameter(Protocol):
 class LivingModel(Protocol):
     """What the optimizer asks of a model. `LivingMoeForCausalLM` answers it."""
 
-    @property
-    def training(self) -> bool:
-        """Whether forward passes count tokens."""
+    def counts_tokens(self, layer: int) -> bool:
+        """Whether forward passes count the tokens of a layer's experts."""
 
     @property
     def population_version(self) -> int:
@@ -177,6 +176,15 @@ class LivingAdamW(Optimizer):
             batch.update(group, self._fused)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies; they carry the model along."""
+        own = {name: getattr(self, name) for name in ("_model", "_direct_gradients", "_fused")}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._slots, self._fields, self._seen_version = {}, {}, None
+
     def _state_of(self, parameter: nn.Parameter, clock_shape: tuple[int, ...]) -> dict[str, Tensor]:
         state = cast(dict[str, Tensor], self.state[parameter])
         if not state:
@@ -222,13 +230,17 @@ class LivingAdamW(Optimizer):
         for place, count in tokens.items():
             rows[place] = [row for row in range(count.numel()) if flat[first + row] > 0]
             first += count.numel()
-        if not any(rows.values()) and not self._model.training:
-            for slot in self._slots.values():
-                if slot.parameter.grad is not None:
-                    raise OptimizerError(
-                        f"layer {slot.layer}: the {slot.slab} experts have gradients, but the model is in eval mode "
-                        f"and counted no token, so no expert would learn; call model.train() before the forward pass."
-                    )
+        served = {layer for (layer, _), touched in rows.items() if touched}
+        for slot in self._slots.values():
+            grad = slot.parameter.grad
+            if slot.layer in served or grad is None or self._model.counts_tokens(slot.layer):
+                continue
+            if bool(grad.any()):
+                raise OptimizerError(
+                    f"layer {slot.layer}: the {slot.slab} experts have gradients, but the layer is in eval mode and "
+                    f"counted no token, so no expert would learn; call model.train() before the forward pass, or "
+                    f"requires_grad_(False) on what shall not learn."
+                )
         return rows
 
     def _fields_with_tokens(self) -> set[int]:

@@ -17,7 +17,7 @@ from living_moe.modeling_living_moe.distributed import fingerprint, require_agre
 from living_moe.modeling_living_moe.escape.module import CLOSED, OPEN, STATES, Escape
 from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent, LifecycleKind
 from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason
-from living_moe.modeling_living_moe.lifecycle.surgery import forget_state
+from living_moe.modeling_living_moe.lifecycle.surgery import forget_state, surgeon
 from living_moe.modeling_living_moe.phi import phi_collapsed
 
 if TYPE_CHECKING:
@@ -59,8 +59,11 @@ class EscapeMixin:
 
         Raises:
             PopulationError: As `escape_state`, or the block is not closed.
+            OptimizerError: The optimizer is unsupported, or was built before a slab grew.
         """
         escape = self._escape(layer)
+        if optimizer is not None:
+            surgeon()(optimizer, self, ())  # type: ignore[arg-type]
         if escape.now.state != CLOSED:
             raise PopulationError(f"layer {layer}: the escape is {STATES[escape.now.state]}; only a closed one opens.")
         return self._enter(layer, REQUEST, optimizer)

@@ -147,6 +147,8 @@ class Escape(nn.Module):
         with torch.autocast(device_type=x_TH.device.type, enabled=False):
             wide_TH = at_least_fp32(x_TH)
             away_TH = (self.map(wide_TH) - wide_TH).to(x_TH.dtype)
+            # Where the other space has no finite answer a token stays here.
+            away_TH = away_TH.where(away_TH.isfinite().all(dim=-1, keepdim=True), 0.0)
             gate = fade * torch.tanh(at_least_fp32(self.gate))
         through: Tensor = _Through.apply(x_TH, away_TH, gate)
         return through

@@ -56,7 +56,9 @@ class PoincareBall(nn.Module):
     @property
     def curvature(self) -> Tensor:
         """c, (1,), fp32 or wider."""
-        return at_least_fp32(self.log_curvature).clamp(-MOST_LOG_CURVATURE, MOST_LOG_CURVATURE).exp()
+        log = at_least_fp32(self.log_curvature)
+        # The gradient passes the bound, so that what was carried beyond it can come back.
+        return (log + (log.clamp(-MOST_LOG_CURVATURE, MOST_LOG_CURVATURE) - log).detach()).exp()
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Points (T, H), and the scale (T, 1) that `back` needs."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from living_moe.configuration.errors import PopulationError
+from living_moe.configuration.sections import LifecycleConfig
 from living_moe.modeling_living_moe.balance import balance_step
 from living_moe.modeling_living_moe.block import LivingMoeBlock, SlotParameter
 from living_moe.modeling_living_moe.distributed import (
@@ -36,7 +38,7 @@ from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason,
 from living_moe.modeling_living_moe.lifecycle.planner import LayerState, Proposal, plan
 from living_moe.modeling_living_moe.lifecycle.policies import Circumstances, policy_named
 from living_moe.modeling_living_moe.lifecycle.policies.health import health_of
-from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer
+from living_moe.modeling_living_moe.lifecycle.surgery import LayerDraft, join_optimizer, surgeon
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.phi import measured_experts, phi_of
 from living_moe.modeling_living_moe.selection import TopAny
@@ -229,6 +231,10 @@ class LifecycleMixin(EscapeMixin):
         self.require_unpacked(layer)
         return self.living_block(layer)
 
+    def counts_tokens(self, layer: int) -> bool:
+        """Whether forward passes count the tokens of a layer's experts: in training mode they do."""
+        return self.living_block(layer).training
+
     def slot_parameters(self) -> list[SlotParameter]:
         """Every parameter with one row per slot, layer by layer."""
         return [slot for block in self.living_blocks for slot in block.slot_parameters()]
@@ -270,13 +276,13 @@ class LifecycleMixin(EscapeMixin):
 
         Like every event: `PopulationError` where the layer's ternary experts are packed.
         """
-        if noise_std < 0:
-            raise PopulationError(f"noise_std must be >= 0, got {noise_std}.")
+        if not isinstance(noise_std, Real) or isinstance(noise_std, bool) or not 0 <= noise_std < math.inf:
+            raise PopulationError(f"noise_std must be >= 0 and finite, got {noise_std!r}.")
         fields = self._life.fields
         if field is not None and (fields is None or not 1 <= field <= fields.num_fields):
             known = "none" if fields is None else f"1..{fields.num_fields}"
             raise PopulationError(f"field={field!r}: the newborn fields of this model are {known}.")
-        return self._split(layer, uid, REQUEST, noise_std, optimizer, field)
+        return self._split(layer, uid, REQUEST, float(noise_std), optimizer, field)
 
     def merge_experts(
         self, layer: int, uids: Sequence[int], *, tier_up: bool = False, optimizer: Optimizer | None = None
@@ -479,14 +485,31 @@ class LifecycleMixin(EscapeMixin):
         Returns:
             The events that happened, in order; empty on most steps.
         """
+        self._require_ready(optimizer)
         self._live_a_step()
         return self._step_escapes(optimizer) + self.decide_events(optimizer)
 
-    def _live_a_step(self) -> None:
-        """The first half of `lifecycle_step`: vitals, keys, the clock."""
+    def _require_ready(self, optimizer: Optimizer | None) -> None:
+        """Refuse what would fail at the first event, before anything of a step has happened.
+
+        Raises:
+            ConfigurationError: Unknown `lifecycle.policy`.
+            OptimizerError: The optimizer is unsupported, or does not hold what an event would change.
+        """
+        if not self.config.lifecycle.enabled:
+            return
+        policy_named(self.config.lifecycle.policy)
+        # Nothing to ask again before something has changed.
+        asked = None if optimizer is None else (id(optimizer), self.population_version)
+        if optimizer is not None and asked != self._life._ready_for:
+            surgeon()(optimizer, self, ())  # type: ignore[arg-type]
+        self._life._ready_for = asked
+
+    def _live_a_step(self, *, reads: bool = False) -> None:
+        """The first half of `lifecycle_step`: vitals (with gradients on any step if `reads`), keys, the clock."""
         life = self._life
         step = self.steps_lived + 1
-        self._fold_vitals(step)
+        self._fold_vitals(step, reads=reads)
         if self.config.plasticity.enabled and self.config.plasticity.training:
             self.consolidate_keys()
         if self.config.synapse.postsynaptic and self.config.synapse.postsynaptic_training:
@@ -505,11 +528,11 @@ class LifecycleMixin(EscapeMixin):
             self.require_unpacked()
         if not config.enabled or step < config.warmup_steps or step % config.interval:
             return []
-        return self._decide(optimizer)
+        return self._decide(optimizer, config)
 
-    def _decide(self, optimizer: Optimizer | None) -> list[LifecycleEvent]:
+    def _decide(self, optimizer: Optimizer | None, config: LifecycleConfig) -> list[LifecycleEvent]:
         """One decision, whatever the step."""
-        config, step = self.config.lifecycle, self.steps_lived
+        step = self.steps_lived
         events: list[LifecycleEvent] = []
         if self._life.fields is not None and self._life.fields.wants_another():
             events.append(self.open_field(optimizer=optimizer))
@@ -582,9 +605,10 @@ class LifecycleMixin(EscapeMixin):
         return None if budget is None else int(budget * 2**20) - self._surroundings().bytes_now
 
     @torch.no_grad()
-    def _fold_vitals(self, step: int) -> None:
+    def _fold_vitals(self, step: int, *, reads: bool = False) -> None:
         every, sampling = self.config.vitals.grad_norm_every, self.config.vitals.signals_every
-        reads, samples = bool(every) and step % every == 0, bool(sampling) and step % sampling == 0
+        reads |= bool(every) and step % every == 0
+        samples = bool(sampling) and step % sampling == 0
         rate = self.config.router.bias_update_rate
         if (phi_every := self.config.vitals.phi_every) and step % phi_every == 0:
             self._fold_phi()

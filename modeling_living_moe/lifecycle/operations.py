@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +96,7 @@ def split(
     """
     population = block.population
     parent = population.find(uid, block.layer)
-    slab = parent.slab
+    uid, slab = parent.uid, parent.slab
     field = parent.field
     if is_frozen(slab) and block.has_fields and field == ROOT_FIELD:
         field = newborn_field
@@ -177,11 +177,13 @@ def _check_room(block: LivingMoeBlock, around: Surroundings, experts: int, num_b
 
 def facet(sample: Tensor | None, hidden_size: int, seed: int) -> tuple[Tensor, float]:
     """A hyperplane (normal (H,), offset) between the two means of the sample; a random one without enough of it."""
-    generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(hidden_size, generator=generator)
-    if sample is None or sample.shape[0] < 2:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    direction = torch.randn(hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    points = direction.new_empty(0, hidden_size) if sample is None else sample.detach().float().cpu()
+    # A token that overflowed would make a facet that nobody is on either side of.
+    points = points[points.isfinite().all(dim=1)]
+    if len(points) < 2:
         return direction / direction.norm(), 0.0
-    points = sample.detach().float().cpu()
     center = points.mean(0)
     # 2-means from the two halves along a random direction (Lloyd); a handful of rounds is enough for a boundary.
     side = (points - center) @ direction > 0
@@ -204,7 +206,7 @@ def remove(block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason
     Raises:
         PopulationError: Fewer clades than `num_experts_per_tok` would be left.
     """
-    block.population.find(uid, block.layer)
+    uid = block.population.find(uid, block.layer).uid
     draft = LayerDraft(block, around.experts)
     _bury(draft, uid)
     _tidy(draft)
@@ -320,10 +322,11 @@ def merge(
         PopulationError: Fewer than two different experts, or too few would be left; or no tier up to
             `experts.max_tier` holds their hidden units, or `experts.memory_budget_mib` does not allow it.
     """
-    if isinstance(uids, int) or len(set(uids)) < 2 or len(set(uids)) != len(list(uids)):
-        raise PopulationError(f"layer {block.layer}: a merge needs at least two different uids, got {uids!r}.")
     population = block.population
-    members = [population.find(uid, block.layer) for uid in uids]
+    named = list(uids) if isinstance(uids, Iterable) else []
+    members = [population.find(uid, block.layer) for uid in named]
+    if len({m.uid for m in members}) < max(2, len(members)):
+        raise PopulationError(f"layer {block.layer}: a merge needs at least two different uids, got {uids!r}.")
     survivor = min(members, key=lambda m: m.field)
     cell = {m.uid for m in population.cell(survivor)}
     # Siblings first: then the survivor may be alone behind an heir of its own in another field.
@@ -354,7 +357,7 @@ def merge(
     row.sources, row.life, row.noise_seed = _weighted(sources, loads), "merged", seed
     row.key_sources = _weighted({uid: source for uid, source in sources.items() if uid in cell}, loads)
     _check_enough(draft, "merge")
-    return draft, _event("merge", block, around, reason, tuple(uids), (survivor.uid,), seed=seed)
+    return draft, _event("merge", block, around, reason, tuple(m.uid for m in members), (survivor.uid,), seed=seed)
 
 
 def _side_by_side(block: LivingMoeBlock, members: Sequence[Member]) -> dict[int, RowSource]:
@@ -426,6 +429,7 @@ def _move(
     block: LivingMoeBlock, uid: int, around: Surroundings, reason: Reason, kind: LifecycleKind, *, frozen: bool
 ) -> tuple[LayerDraft, LifecycleEvent]:
     member = block.population.find(uid, block.layer)
+    uid = member.uid
     if is_frozen(member.slab) == frozen:
         state = "frozen" if frozen else "trainable"
         raise PopulationError(f"layer {block.layer}: expert uid {uid} is {state} already; nothing to {kind}.")

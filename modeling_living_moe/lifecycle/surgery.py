@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from living_moe.configuration.errors import OptimizerError, PopulationError
 from living_moe.configuration.sections import ExpertsConfig
@@ -318,7 +318,9 @@ class LayerDraft:
             commits.append(surgeon()(optimizer, model, parameters))
         else:
             new = [p.new for p in parameters if p.new is not None and p.new is not p.old]
+            kept = [p.new for p in parameters if p.new is not None and p.new is p.old]
             commits.append(lambda: require_optimizer(model, new))
+            commits.append(lambda: leave_behind(kept))
 
         place = {row.uid: number for number, row in enumerate(row for name in SLABS for row in self.slabs[name])}
         new_index = [place.get(member.uid, -1) for member in block.population.members]
@@ -655,8 +657,9 @@ def place_units(row: Tensor, units: Tensor, role: str, at: int, axis: int | None
 
 def _noise_like(value: Tensor, row: DraftRow, role: str) -> Tensor:
     """Standard normal noise. Seeded on the CPU, so that every rank and every device draws the same."""
-    generator = torch.Generator().manual_seed(row.noise_seed * 2 + (role == "down_proj"))
-    return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+    generator = torch.Generator("cpu").manual_seed(row.noise_seed * 2 + (role == "down_proj"))
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return noise.to(value.device, value.dtype)
 
 
 def _rms(value: Tensor) -> Tensor:
@@ -693,6 +696,31 @@ def retire(parameters: Sequence[nn.Parameter], *, packed: bool = False) -> None:
         parameter._living_moe_packed = packed  # type: ignore[attr-defined]
     if parameters:
         _guard_steps()
+
+
+#: Optimizers that have stepped; and those among them whose state an event did not follow, with the tensors concerned.
+_stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_left_behind: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+
+
+@register_optimizer_step_post_hook
+def _note_step(optimizer: Optimizer, *_: object) -> None:
+    _stepped.add(optimizer)
+
+
+def leave_behind(parameters: Sequence[nn.Parameter]) -> None:
+    """Remember that rows of these parameters are other experts' now, and that no optimizer was told.
+
+    The next step of one that has state for them is an error: an expert would go on with another's moments. A state
+    loaded since is taken to know better.
+    """
+    for optimizer in list(_stepped):
+        concerned = [weakref.ref(parameter) for parameter in parameters if optimizer.state.get(parameter)]
+        if concerned:
+            if optimizer not in _left_behind:
+                optimizer.register_load_state_dict_post_hook(lambda loaded: _left_behind.pop(loaded, None))
+            _left_behind[optimizer] = _left_behind.get(optimizer, []) + concerned
+            _guard_steps()
 
 
 def is_retired(parameter: Tensor) -> bool:
@@ -732,6 +760,14 @@ def _refuse_stale(optimizer: Optimizer, *_: object) -> None:
                 f"this {type(optimizer).__name__} was built before a slab changed its capacity: it holds a tensor of "
                 f"shape {tuple(parameter.shape)} that is no longer in the model. Pass optimizer= to the event, or "
                 f"build the optimizer anew."
+            )
+    for reference in _left_behind.get(optimizer, ()):
+        parameter = reference()
+        if parameter is not None and id(parameter) in held and optimizer.state.get(parameter):
+            raise OptimizerError(
+                f"an event has changed whose rows are whose in a tensor of shape {tuple(parameter.shape)}, and this "
+                f"{type(optimizer).__name__} was not told: it would train experts with others' moments. Pass "
+                f"optimizer= to every event, or build the optimizer anew."
             )
     if not _unclaimed:
         return

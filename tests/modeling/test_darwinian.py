@@ -34,7 +34,7 @@ from living_moe.modeling_living_moe.lifecycle.policies import Circumstances
 from living_moe.modeling_living_moe.lifecycle.policies.darwinian import propose_darwinian
 from living_moe.modeling_living_moe.lifecycle.vitality import vitality_of
 from living_moe.modeling_living_moe.router import TEMPERATURE_RANGE, LearnedTemperature
-from living_moe.modeling_living_moe.trend import LossTrend
+from living_moe.modeling_living_moe.trend import WARM_UP, LossTrend
 from living_moe.training.optimizers import LivingAdamW
 
 #: Decides at every step, at once.
@@ -275,8 +275,8 @@ def test_a_population_grows_only_while_the_loss_pays_for_it(
     assert proposed(blank, some_lifecycle(), improvement=improvement)[0] == ("split", 0)
 
 
-@given(rate=st.floats(-1e-4, 1e-4), start=st.floats(1.0, 10.0), steps=st.integers(200, 3000))
-@settings(max_examples=30, deadline=None)
+@given(rate=st.floats(-1e-4, 1e-4), start=st.floats(1.0, 10.0), steps=st.integers(WARM_UP, 3000))
+@settings(max_examples=20, deadline=None)
 def test_the_trend_of_a_steady_loss_is_its_rate(rate: float, start: float, steps: int) -> None:
     trend = LossTrend()
     trend.slow, trend.slower = trend.slow.double(), trend.slower.double()
@@ -290,11 +290,11 @@ def test_the_trend_of_a_steady_loss_is_its_rate(rate: float, start: float, steps
 
 def test_the_trend_needs_steps_and_skips_what_is_no_loss() -> None:
     trend = LossTrend()
-    for step in range(400):
+    for step in range(2 * WARM_UP):
         known = step % 2 == 0
         trend.defer(Passes((torch.tensor(2.0 if known else float("nan")),)))
-        assert (trend.improvement() is None) == (int(trend.count) < 200)
-    assert int(trend.count) == 200 and trend.improvement() == pytest.approx(0.0)
+        assert (trend.improvement() is None) == (int(trend.count) < WARM_UP)
+    assert int(trend.count) == WARM_UP and trend.improvement() == pytest.approx(0.0)
     assert float(trend.slow) == 2.0
 
 

@@ -34,7 +34,10 @@ def set_loads(model: LivingMoeForCausalLM, loads: list[float], column: str = "lo
         first = 0
         for slab, count in block.population.alive.items():
             values = torch.tensor(loads[first : first + count]) if block.layer == 0 else torch.ones(count)
-            getattr(block.vitals.table(slab), column)[:count] = values
+            table = block.vitals.table(slab)
+            getattr(table, column)[:count] = values
+            # As if every step brought tokens: without any since the last decision nobody is judged.
+            table.idle[:count] = -1_000_000
             first += count
 
 

@@ -32,7 +32,7 @@ def test_evaluation_and_generation_leave_no_trace(preset: str) -> None:
     model.lifecycle_step()
     after = state(model)
     counted = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.rpartition(".")[2] for name in counted} == {"age"}, "only time has passed"
+    assert {name.rpartition(".")[2] for name in counted} == {"age", "idle"}, "only time has passed"
     assert all(block.vitals.sample is None for block in model.living_blocks)
 
 
@@ -141,7 +141,8 @@ def test_steps_without_a_token_are_no_evidence() -> None:
     for _ in range(3):
         vitals.fold(of_one_field(torch.zeros_like(counts)), {"trainable": 2}, None)
     after = dict(vitals.table("trainable").named_buffers())
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {"age"}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"age", "idle"}
+    assert after["idle"].tolist() == [3, 3]
 
 
 def test_routing_weight_is_the_mean_over_received_tokens_and_waits_where_there_are_none() -> None:

@@ -1,6 +1,9 @@
 """The chaotic task: deterministic, chaotic, and predictable from its past only as far as that goes."""
 
 import math
+from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -73,13 +76,35 @@ def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"growth": (3.9, 4.1)}, {"coupling": -0.1}, {"symbols": 1}, {"sites": 0}, {"trajectories": 0}, {"steps": 0}],
-)
-def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
-    with pytest.raises(TrainingError, match=f"{next(iter(wrong))} must be"):
-        chaotic_symbols(**{"trajectories": 1, "steps": 4, **wrong})
-    with pytest.raises(TrainingError, match="block_size"):
-        chaotic_dataset(1, 4, block_size=5)
-    for context in (-1, 12):
-        with pytest.raises(TrainingError, match="context must be in .0, 11."):
+    [
+        *({"growth": growth} for growth in ((3.9, 4.1), (3.6, math.nan), (-0.1, 4.0), 3.9, (3.9,))),
+        *({"coupling": coupling} for coupling in (-0.1, 3.0, math.nan, "0")),
+        *({name: number} for name in ("sites", "trajectories", "steps") for number in (0, -5, 2.0, True)),
+        {"seed": -1}, {"symbols": 1}, {"symbols": 8.0},
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    given = {"trajectories": 1, "steps": 4, **wrong}
+    for function in (chaotic_symbols, partial(least_loss, 2), partial(chaotic_dataset, block_size=1), entropy_rate):
+        if function is not entropy_rate or "symbols" not in wrong:
+            with pytest.raises(TrainingError, match=f"{next(iter(wrong))} must be"):
+                function(**given)
+
+
+def test_a_block_or_a_context_that_does_not_fit_is_named() -> None:
+    for size in (0, 5, 2.0):
+        with pytest.raises(TrainingError, match="block_size"):
+            chaotic_dataset(1, 4, block_size=size)
+    for context in (-1, 12, 1.0):
+        with pytest.raises(TrainingError, match="context must be"):
             least_loss(context, 1, 4)
+
+
+@pytest.mark.parametrize("trajectories", [1, 7, 40])
+@pytest.mark.parametrize("context", [0, 1, 3])
+def test_the_least_loss_is_that_of_the_best_table_on_these_windows(trajectories: int, context: int) -> None:
+    symbols_BS = chaotic_symbols(trajectories, 60 + context, symbols=6, seed=2)
+    seen = Counter(map(tuple, symbols_BS.unfold(1, context + 1, 1).flatten(0, 1).tolist()))
+    pasts = Counter(window[:-1] for window in seen.elements())
+    losses = [-math.log(count / pasts[window[:-1]]) for window, count in seen.items() for _ in range(count)]
+    assert least_loss(context, trajectories, 60, symbols=6, seed=2) == pytest.approx(math.fsum(losses) / len(losses))

@@ -58,6 +58,9 @@ class Population(nn.Module):
         self.deltas = nn.ModuleList([nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)])
         self.field_tokens = torch.zeros(2, dtype=torch.int64)
 
+    def counts_tokens(self, layer: int) -> bool:
+        return self.training
+
     def slot_parameters(self) -> Iterator[Slot]:
         for layer, slab in enumerate(self.layers):
             for role in ("gate_up_proj", "down_proj", "key"):
