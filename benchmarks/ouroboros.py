@@ -149,7 +149,7 @@ def chaos(cell: Cell) -> Result:
     # An escape's own parameters do not decay: they start at the identity, not at zero.
     escaping = [] if living is None or living.block.escape is None else list(living.block.escape.parameters())
     staying = [p for p in model.parameters() if all(p is not other for other in escaping)]
-    groups = [{"params": staying}, {"params": escaping, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": staying}, {"params": escaping, "weight_decay": 0.0}]
     optimizer = AdamW(groups, lr=LEARNING_RATE, weight_decay=0.01)
     balance = BALANCE if cell["arm"] != UNBALANCED else 0.0
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)

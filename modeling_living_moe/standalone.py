@@ -109,12 +109,12 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
             raise ConfigurationError(f"top_k is {top_k} but there are n_experts = {n_experts}; lower top_k.")
         self._chooses = experts_implementation is None
         known = ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys())
-        for name, value, choices in (
+        for name, choice, choices in (
             ("experts_implementation", "eager" if self._chooses else experts_implementation, known),
             ("hidden_act", hidden_act, tuple(ACT2FN)),
         ):
-            if value not in choices:
-                raise ConfigurationError(f"{name} is {value!r}.{did_you_mean(str(value), choices)}")
+            if choice not in choices:
+                raise ConfigurationError(f"{name} is {choice!r}.{did_you_mean(str(choice), choices)}")
         if experts_implementation == "grouped_mm" and (d_model % 8 or d_ff % 8):
             raise ConfigurationError(
                 f"experts_implementation 'grouped_mm' needs sizes that are multiples of 8, got d_model {d_model} and "

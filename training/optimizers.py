@@ -232,7 +232,7 @@ class LivingAdamW(Optimizer):
             first += count.numel()
         served = {layer for (layer, _), touched in rows.items() if touched}
         for slot in self._slots.values():
-            grad = slot.parameter.grad
+            grad = slot.parameter.grad if slot.parameter.requires_grad else None
             if slot.layer in served or grad is None or self._model.counts_tokens(slot.layer):
                 continue
             if bool(grad.any()):

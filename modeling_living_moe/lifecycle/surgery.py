@@ -718,9 +718,13 @@ def leave_behind(parameters: Sequence[nn.Parameter]) -> None:
         concerned = [weakref.ref(parameter) for parameter in parameters if optimizer.state.get(parameter)]
         if concerned:
             if optimizer not in _left_behind:
-                optimizer.register_load_state_dict_post_hook(lambda loaded: _left_behind.pop(loaded, None))
+                optimizer.register_load_state_dict_post_hook(_catch_up)
             _left_behind[optimizer] = _left_behind.get(optimizer, []) + concerned
             _guard_steps()
+
+
+def _catch_up(optimizer: Optimizer) -> None:
+    _left_behind.pop(optimizer, None)
 
 
 def is_retired(parameter: Tensor) -> bool:

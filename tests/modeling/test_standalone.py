@@ -2,10 +2,13 @@
 
 import copy
 import io
+import math
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from oracles import gradients
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 from living_moe import LivingMoeBlock, LivingMoeError, StandaloneLivingMoe
@@ -23,6 +26,7 @@ from living_moe.configuration.errors import (
     ConfigurationError,
     OptimizerError,
     PopulationError,
+    TrainingDivergedError,
     UnknownExpertError,
 )
 from living_moe.modeling_living_moe.modeling_living_moe import LivingMoePreTrainedModel
@@ -202,12 +206,75 @@ def test_senseless_sizes_are_refused(arguments: Any, message: str) -> None:
         ({"preset": "ouroborus"}, "Did you mean 'ouroboros'"),
         ({"lifecycle": {"max_expert": 3}}, "Did you mean 'max_experts'"),
         ({"experts_implementation": "grouped"}, "Did you mean 'grouped_mm'"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu'.*Did you mean 'silu'"),
+        ({"lifecycle": {"policy": "darwinain"}}, "Did you mean 'darwinian'"),
         ({"lifecylce": {}}, "Did you mean 'lifecycle'"),
     ],
 )
 def test_what_it_cannot_be_is_refused(choices: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         LivingMoeBlock.standalone(8, 8, 4, 2, **choices)
+
+
+def test_grouped_mm_by_name_needs_the_sizes_its_kernels_need() -> None:
+    with pytest.raises(ConfigurationError, match="multiples of 8, got d_model 8 and d_ff 12"):
+        LivingMoeBlock.standalone(8, 12, 4, 2, experts_implementation="grouped_mm")
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.arange(2 * H).view(2, H), "torch.int64 of shape (2, 24)"),
+        (torch.zeros(2, H, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(()), "torch.float32 of shape ()"),
+        ([[0.0] * H], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_floating_point_tensor_is_refused(x: Any, found: str) -> None:
+    layer = new()
+    with pytest.raises(ConfigurationError, match=re.escape(found)):
+        layer(x)
+    with pytest.raises(ConfigurationError, match="token_mask must be a bool tensor, got list"):
+        layer(tokens(2), [True, True])
+    assert layer.block.vitals.pending is None
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (6, 10)])
+def test_gradients_in_double_precision_are_those_of_finite_differences(sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = LivingMoeBlock.standalone(*sizes, 3, 2).double()
+    layer.split_expert(1)
+    x = torch.randn(5, sizes[0], dtype=torch.float64, requires_grad=True)
+    weights = [slot.parameter for slot in layer.slot_parameters()]
+    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *weights), eps=1e-6, atol=1e-7)
+    assert layer.float()(x.detach().float()).dtype == torch.float32
+
+
+def test_an_empty_batch_is_a_batch() -> None:
+    layer, x = new(), torch.randn(0, H)
+    out = layer(x)
+    assert out is not x and out.shape == x.shape
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_any_default_dtype_will_do(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        layer = LivingMoeBlock.standalone(8, 8, 3, 2)
+        x = torch.randn(9, 8)
+        layer(x).sum().backward()
+        layer.split_expert(0, noise_std=0.1)
+        layer.remove_expert(1)
+        assert layer(x).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+    fresh = LivingMoeBlock.standalone(8, 8, 3, 2)
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert fresh.expert_uids() == layer.expert_uids()
 
 
 def test_inputs_of_another_size_are_refused() -> None:
@@ -264,8 +331,16 @@ def test_a_loss_is_taken_as_it_is_told() -> None:
     steps = layers[0].steps_lived
     with pytest.raises(ConfigurationError, match=r"the loss has shape \(2,\)"):
         layers[0].lifecycle_step(loss=torch.ones(2))
-    assert layers[0].steps_lived == steps
+    for wrong in ("1.0", 1 + 2j, True, [1.0]):
+        with pytest.raises(ConfigurationError, match="the loss is"):
+            layers[0].lifecycle_step(loss=wrong)  # type: ignore[arg-type]
+    for diverged in (math.nan, -math.inf, torch.tensor(math.nan)):
+        for live in (layers[0].lifecycle_step, layers[0].execute_systemic_lifecycle):
+            with pytest.raises(TrainingDivergedError, match=f"at step {steps + 1}; training has diverged"):
+                live(loss=diverged)
+    assert layers[0].steps_lived == steps and torch.equal(layers[0].trend.slow, layers[1].trend.slow)
     layers[0].lifecycle_step(loss=torch.ones(1))
+    assert layers[0].steps_lived == steps + 1
 
 
 def test_a_pass_that_fails_has_counted_nothing() -> None:
@@ -351,6 +426,64 @@ def test_an_optimizer_that_was_not_told_of_growth_is_refused() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_was_not_told_whose_rows_moved_is_refused(name: str) -> None:
+    """A death in a slab that keeps its size moves the last expert into the hole, and with it nobody's moments."""
+    layer = new()
+    optimizer = OPTIMIZERS[name](layer)
+    step(layer, [], optimizer, 0)
+    layer.remove_expert(1)
+    before = state(layer)
+    with pytest.raises(OptimizerError, match="was not told.*Pass optimizer= to every event"):
+        step(layer, [], optimizer, 1)
+    assert all(torch.equal(value, before[key]) for key, value in state(layer).items())
+    # One built anew, or told in time, trains on; so does one whose state was loaded since.
+    step(layer, [], OPTIMIZERS[name](layer), 2)
+    another = OPTIMIZERS[name](layer)
+    step(layer, [], another, 3)
+    layer.remove_expert(2, optimizer=another)
+    step(layer, [], another, 4)
+    saved = another.state_dict()
+    layer.remove_expert(0)
+    another.load_state_dict(saved)
+    step(layer, [], another, 5)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_nothing_else_is() -> None:
+    layer = new(lifecycle={"max_experts": None})
+    layer.split_expert(np.int64(1), noise_std=np.float32(0.1))
+    layer.split_expert(torch.tensor(2))  # type: ignore[arg-type]
+    layer.merge_experts(np.array([1, 2]))  # type: ignore[arg-type]
+    layer.freeze_expert(np.int32(3))
+    fresh = new()
+    fresh.load_state_dict(layer.state_dict())
+    assert_same(fresh, layer)
+    before = state(layer)
+    for uid in (True, 1.0, "1", None, torch.tensor([1, 2])):
+        for happen in (layer.split_expert, layer.remove_expert, layer.freeze_expert):
+            with pytest.raises(UnknownExpertError, match="never existed"):
+                happen(uid)  # type: ignore[operator]
+    for uids in (None, 3, [4, 4], [4]):
+        with pytest.raises(PopulationError, match="at least two different uids"):
+            layer.merge_experts(uids)  # type: ignore[arg-type]
+    for noise in (math.nan, math.inf, -0.1, "1", None, True):
+        with pytest.raises(PopulationError, match="noise_std must be >= 0 and finite"):
+            layer.split_expert(4, noise_std=noise)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in state(layer).items())
+
+
+def test_an_overflowed_token_makes_no_facet_that_divides_nothing() -> None:
+    layer = LivingMoeBlock.standalone(H, WIDTH, 4, 4)
+    x = tokens(40)
+    x[::3] = torch.tensor([math.nan, math.inf])[torch.arange(H) % 2]
+    layer(x)
+    for uid in range(4):
+        layer.split_expert(uid)
+    layer.block.vitals.forget()
+    layer(tokens(2000, seed=1))
+    assert (layer.block.vitals.pending[0] > 0).all()
+
+
 def test_errors_name_the_remedy_and_change_nothing() -> None:
     layer = new(lifecycle={"max_experts": EXPERTS})
     before = state(layer)
@@ -395,6 +528,55 @@ def test_the_seed_s_call_decides_at_once_and_names_the_dead_and_the_born() -> No
     assert born and layer.num_experts == EXPERTS + len(born) - len(dead)
     with pytest.raises(PopulationError, match=r"lifecycle\.enabled is False"):
         new(lifecycle={"enabled": False}).execute_systemic_lifecycle()
+
+
+def test_the_seed_s_call_reads_gradients_every_time() -> None:
+    layer = new(lifecycle={"split_load": 1e6, "death_load": 0.0}, vitals={"grad_norm_every": 1000})
+    layer(tokens(64)).square().mean().backward()
+    layer.execute_systemic_lifecycle()
+    assert layer.vitals()["grad_norm"].any()
+
+
+@pytest.mark.parametrize("how", ["nothing was read", "evaluation", "padding", "old numbers"])
+@pytest.mark.parametrize("policy", ["darwinian", "load", "self_preservation", "synaptic_health"])
+def test_nobody_is_judged_without_a_token(how: str, policy: str) -> None:
+    layer = new(lifecycle={"policy": policy, "patience": 1, "min_age_steps": 0, "warmup_steps": 0})
+    if how == "old numbers":
+        layer(tokens(64)).square().mean().backward()
+        for _ in range(1 + BUSY["interval"]):
+            layer._live_a_step()
+        assert max(layer.vitals()["load"]) > BUSY["split_load"]
+    before = layer.expert_uids()
+    for number in range(40):
+        if how == "evaluation":
+            layer.eval()(tokens(16, seed=number))
+        elif how == "padding":
+            layer(tokens(16, seed=number), torch.zeros(16, dtype=torch.bool))
+        assert layer.lifecycle_step() == []
+        assert layer.execute_systemic_lifecycle() == ([], [])
+    assert layer.expert_uids() == before
+
+
+@pytest.mark.parametrize("optimizer", ["unsupported", "a stranger's", "no optimizer"])
+def test_an_optimizer_that_no_event_could_follow_is_refused_before_the_step(optimizer: str) -> None:
+    layer = new(escape={"space": "fourier"})
+    wrong: Any = {
+        "unsupported": RMSprop(layer.parameters()),
+        "a stranger's": AdamW(new().parameters()),
+        "no optimizer": "AdamW",
+    }[optimizer]
+    layer(tokens(16))
+    before = state(layer)
+    for happen in (layer.lifecycle_step, layer.execute_systemic_lifecycle):
+        with pytest.raises(OptimizerError):
+            happen(wrong, loss=1.0)
+    with pytest.raises(OptimizerError):
+        layer.open_escape(optimizer=wrong)
+    assert layer.steps_lived == 0 and layer.escape_state() == "closed"
+    assert all(torch.equal(value, before[name]) for name, value in state(layer).items())
+    right = AdamW(layer.parameters())
+    layer.lifecycle_step(right, loss=1.0)
+    assert (layer.steps_lived, int(layer.trend.settle() or layer.trend.count)) == (1, 1)
 
 
 # -- several blocks in one model ---------------------------------------------------------------------------------------
@@ -444,6 +626,36 @@ def test_living_adamw_leaves_experts_of_any_block_alone_that_received_nothing() 
         weight = layer.block.experts.weights("trainable").gate_up_proj
         moved = (weight != before[f"{name}.block.experts.trainable.gate_up_proj"]).flatten(1).any(1)
         assert torch.equal(moved, counts > 0) and not moved.all()
+
+
+def test_living_adamw_refuses_a_block_that_would_not_learn_beside_one_that_does() -> None:
+    model = Two()
+    optimizer = LivingAdamW(model, lr=1e-2)
+    model.second.eval()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(OptimizerError, match="layer 1: the trainable experts have gradients.*eval mode"):
+        step(model, [], optimizer, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    for slot in model.second.slot_parameters():
+        slot.parameter.requires_grad_(False)
+    step(model, [], LivingAdamW(model, lr=1e-2), 0)
+
+
+def test_copies_and_pickles_of_a_living_adamw_train_the_model_that_came_along() -> None:
+    model = Two()
+    optimizer = LivingAdamW(model, lr=1e-2)
+    for number in range(3):
+        step(model, [model.first, model.second], optimizer, number)
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer)), torch.load(file, weights_only=False)]
+    losses = []
+    for own, its in pairs:
+        losses.append([step(own, [own.first, own.second], its, number) for number in range(3, 9)])
+        own.first.split_expert(own.first.expert_uids()[0], optimizer=its)
+        step(own, [], its, 9)
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_a_whole_model_s_state_is_saved_and_loaded_by_torch() -> None:
@@ -560,6 +772,11 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "not a lineage record",
     ),
     "an object": (lambda s: s.update({"_extra_state": None}), "no lineage"),
+    "no tensor": (
+        lambda s: s.update({"block.vitals.steps": None}),
+        "block.vitals.steps is a NoneType, expected a tensor",
+    ),
+    "a list": (lambda s: s.update({"block.router.keys.trainable": [1.0]}), "keys.trainable is a list"),
 }
 
 
