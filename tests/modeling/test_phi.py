@@ -174,6 +174,21 @@ def test_zero_dead_and_broken_outputs_have_no_state() -> None:
     assert [float(part) for part in phi_of(torch.zeros(4 * 4 + 2, dtype=torch.float64), idle)] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_token_that_overflowed_says_nothing_of_the_experts(broken: float) -> None:
+    outputs, shares, parts = drawn(6), equal_shares(6), torch.rand(drawn(6).shape[1], 2, dtype=torch.float64)
+    whole = phi_evidence(outputs, shares, parts)
+    overflowed = outputs.clone()
+    overflowed[:, 3] = broken
+    rest = torch.arange(outputs.shape[1]) != 3
+    torch.testing.assert_close(
+        phi_evidence(overflowed, shares, parts), phi_evidence(outputs[:, rest], shares, parts[rest])
+    )
+    assert phi_evidence(overflowed, shares, parts)[-1] == whole[-1] - 1
+    # Nothing is left: no measurement, rather than one of 0.
+    assert phi_evidence(torch.full_like(outputs, broken), shares, parts)[-1] == 0
+
+
 def test_evidence_adds_up_over_passes_and_padding_is_none() -> None:
     outputs, shares, parts = drawn(5), equal_shares(5), torch.rand(TOKENS, 2)
     real = torch.arange(TOKENS) % 3 != 0

@@ -56,6 +56,23 @@ def test_not_even_where_the_other_space_has_no_answer(space: str) -> None:
     block.map = torch.nn.Module()
     block.map.forward = lambda x: x * torch.inf  # type: ignore[method-assign]
     assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.gate.grad is not None and block.gate.grad.isfinite()
+
+
+@every_space
+def test_a_token_without_an_answer_there_stays_here_and_stops_no_other(space: str) -> None:
+    block, x = opened(space, gate=0.5), tokens()
+    there = torch.nn.Linear(FEATURES, FEATURES)
+    block.map = torch.nn.Module()
+    block.map.forward = lambda x: there(x).index_fill(0, torch.tensor([2]), torch.nan)  # type: ignore[method-assign]
+    output = block(x)
+    assert torch.equal(output[2], x[2]) and output.isfinite().all()
+    block.map.forward = there.forward  # type: ignore[method-assign]
+    rest = torch.arange(len(x)) != 2
+    torch.testing.assert_close(output[rest], block(x)[rest])
+    output.square().sum().backward()
+    assert block.gate.grad is not None and block.gate.grad.isfinite()
 
 
 @every_space

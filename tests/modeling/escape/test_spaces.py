@@ -1,12 +1,21 @@
 """There and back is the identity for tokens of any size; the ball's operations are the ball's; phases are kept."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from living_moe.modeling_living_moe.escape.spaces import INSIDE, FourierSpace, PoincareBall, length, root_mean_square
+from living_moe.modeling_living_moe.escape.spaces import (
+    INSIDE,
+    MOST_LOG_CURVATURE,
+    FourierSpace,
+    PoincareBall,
+    length,
+    root_mean_square,
+)
 
 SIZES = st.sampled_from([0.0, 1e-38, 1e-30, 1e-12, 1e-4, 0.3, 1.0, 7.0, 1e3, 1e9, 1e30])
 
@@ -157,3 +166,18 @@ def test_gradients_of_the_ways_there_and_back_are_true(size: float) -> None:
         point, scale = ball(x)
         ball.back(point, scale).sum().backward()
         assert torch.allclose(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("far", [-12.0, 12.0])
+def test_a_curvature_that_was_carried_out_of_bounds_comes_back(far: float) -> None:
+    ball = ball_of(1.0)
+    with torch.no_grad():
+        ball.log_curvature.fill_(far)
+    bound = math.exp(math.copysign(MOST_LOG_CURVATURE, far))
+    assert float(ball.curvature.detach()) == pytest.approx(bound, rel=1e-5)
+    optimizer = torch.optim.SGD(ball.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        ball.curvature.log().square().sum().backward()
+        optimizer.step()
+    assert float(ball.curvature.detach()) == pytest.approx(1.0, abs=1e-3)
