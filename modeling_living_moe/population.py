@@ -91,6 +91,9 @@ class RowTable(KeepsDtype):
 
     def reset_parameters(self) -> None:
         """Free every row that no checkpoint has filled."""
+        self.free_rows()
+
+    def free_rows(self) -> None:
         for name, (_, fill) in self.columns.items():
             init.constant_(getattr(self, name), fill)
 
@@ -115,6 +118,9 @@ class IdentityTable(RowTable):
     parent: Tensor
     born: Tensor
     bias: Tensor
+
+    def reset_parameters(self) -> None:
+        """Left to the population, which knows who lives here at first: modules are reset in any order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +331,8 @@ class Population(KeepsDtype):
 
     def reset_parameters(self) -> None:
         """A fresh population in which nothing ever happened; leaves alone what a checkpoint has loaded."""
+        for slab in self.slabs:
+            self.table(slab).free_rows()
         for buffer, value in self._first_values():
             init.copy_(buffer, value)
         for name in HISTORY_TABLES:

@@ -843,3 +843,15 @@ def test_a_collapse_of_phi_splits_with_mutation_and_lets_the_block_escape() -> N
     assert kinds.count("escape") == 1 and "split" in kinds
     split = next(event for event in layer.lineage if event.kind == "split")
     assert split.metric == "phi" and split.noise_std > 0
+
+
+@pytest.mark.parametrize("order", ["parents first", "children first"])
+def test_modules_may_be_reset_in_any_order(order: str) -> None:
+    layer = new()
+    before, uids = state(layer.block.population), layer.expert_uids()
+    modules = list(layer.modules())
+    for module in modules if order == "parents first" else reversed(modules):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert layer.expert_uids() == uids
+    assert all(torch.equal(value, before[name]) for name, value in state(layer.block.population).items())
