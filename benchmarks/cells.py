@@ -91,4 +91,17 @@ def text_name(file: str | None) -> str:
 
 def machine() -> str:
     """What a table was measured on."""
-    return f"{platform.processor() or platform.machine()}, one thread a cell, torch {torch.__version__}"
+    return f"{processor()}, one thread a cell, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """Its name, where the system tells; else its architecture."""
+    try:
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
