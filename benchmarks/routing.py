@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cells import processor
 from torch import Tensor
 
 from living_moe.configuration.errors import ConfigurationError
@@ -124,10 +124,7 @@ def measure(kind: str, count: int, rounds: int, crossover: dict[int, float]) -> 
 
 
 def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model na")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:
