@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import processor
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -217,12 +217,7 @@ def measure(case: Case, steps: int, seed: int, implementation: str, clock: Calla
 
 
 def machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model na")]
-        name = names[0] if names else name
-    return f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}"
+    return f"{processor()}, torch {torch.__version__}, threads {torch.get_num_threads()}"
 
 
 def table(results: list[Result]) -> str:
