@@ -229,7 +229,7 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         hidden = x.reshape(1, -1, self.d_model)
         if not hidden.shape[1]:
             # A tensor of its own, on which every parameter depends, as on that of any batch.
-            return x + sum(p.flatten()[0] for p in self.parameters() if p.requires_grad).to(x)  # type: ignore[union-attr]
+            return x + torch.stack([p.flatten()[0].to(x) for p in self.parameters() if p.numel()]).sum()
         mask = None if token_mask is None else token_mask.reshape(1, -1).bool()
         vitals = self.config.vitals
         self.block.context = ForwardContext(

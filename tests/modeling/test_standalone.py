@@ -257,6 +257,7 @@ def test_an_empty_batch_is_a_batch() -> None:
     assert out is not x and out.shape == x.shape
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters() if p.requires_grad)
+    assert layer.requires_grad_(False)(x).shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
