@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 #: What torch's own allocator gives on CPU, bytes.
@@ -21,9 +22,11 @@ def align(model: nn.Module) -> None:
     Parameters stay the objects they are, so tied ones stay tied. Values do not change. Tensors of other devices, and
     those that are no plain tensors (quantised weights), are left alone.
     """
-    for tensor in chain(model.parameters(), model.buffers()):
-        if not is_aligned(tensor):
-            tensor.data = tensor.data.clone()
+    # A copy made in inference mode could never train.
+    with torch.inference_mode(False):
+        for tensor in chain(model.parameters(), model.buffers()):
+            if not is_aligned(tensor):
+                tensor.data = tensor.data.clone()
 
 
 def is_aligned(tensor: Tensor) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -40,6 +39,7 @@ from living_moe.configuration.slabs import SLABS, slab_name
 from living_moe.modeling_living_moe.block import ForwardContext, LivingMoeBlock, SlotParameter, in_backward
 from living_moe.modeling_living_moe.checkpoint import adopt_sizes, check_population
 from living_moe.modeling_living_moe.deltas import FieldDelta
+from living_moe.modeling_living_moe.distributed import sum_over_ranks, world_size
 from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.escape.detector import StagnationDetector
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
@@ -107,10 +107,11 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
                 raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}.")
         if top_k > n_experts:
             raise ConfigurationError(f"top_k is {top_k} but there are n_experts = {n_experts}; lower top_k.")
-        self._chooses = experts_implementation is None
+        #: What was chosen where none was asked for.
+        self._chosen = "active" if experts_implementation is None else None
         known = ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys())
         for name, choice, choices in (
-            ("experts_implementation", "eager" if self._chooses else experts_implementation, known),
+            ("experts_implementation", self._chosen or experts_implementation, known),
             ("hidden_act", hidden_act, tuple(ACT2FN)),
         ):
             if choice not in choices:
@@ -175,10 +176,11 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
 
     def _choose_implementation(self) -> None:
         """The fastest that the sizes and the dtype allow, where none was asked for."""
-        if self._chooses:
+        backbone = self.config.backbone_config
+        if self._chosen is not None and backbone._experts_implementation == self._chosen:
             weight = next(iter(self.slot_parameters())).parameter
             fits = self.d_model % 8 == self.d_ff % 8 == 0 and weight.dtype != torch.float64
-            self.config.backbone_config._experts_implementation = "grouped_mm" if fits else "active"
+            self._chosen = backbone._experts_implementation = "grouped_mm" if fits else "active"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StandaloneLivingMoe:
         super()._apply(fn, recurse)
@@ -370,13 +372,13 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         Args:
             optimizer: The one that trains this block (and whatever else); its state follows the experts.
             loss: Of this step, one number, on this rank. Without it `lifecycle.cap_improvement` has nothing to go by,
-                and drift is watched for in routing alone.
+                and drift is watched for in routing alone. One on an accelerator is waited for.
 
         Returns:
             The events that happened, in order; empty on most steps.
 
         Raises:
-            TrainingDivergedError: The loss is nan or infinite.
+            TrainingDivergedError: The loss is nan or infinite, on any rank.
             ConfigurationError: The loss is not one number; unknown `lifecycle.policy`.
             OptimizerError: The optimizer is unsupported, or was built before a slab grew. In all of these cases
                 nothing of the step has happened.
@@ -412,19 +414,28 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         return dead, [uid for e in events if e.kind == "split" for uid in e.children]
 
     def _observe_loss(self, loss: Tensor | float | None) -> None:
-        if loss is None:
-            return
+        told = torch.zeros(()) if loss is None else self._number(loss)
+        finite = told.isfinite()
+        # All ranks refuse together: one that went on would wait for the others for ever.
+        others = sum_over_ranks((~finite).to(self.clock.steps)) if world_size() > 1 else ~finite
+        if bool(others):
+            found = "not finite on another rank" if bool(finite) else f"{float(told)}"
+            raise TrainingDivergedError(
+                f"the loss is {found} at step {self.steps_lived + 1}; training has diverged. Nothing of the step was "
+                f"taken. For a step that a gradient scaler skips, leave loss out."
+            )
+        if loss is not None:
+            self.drift.observe_loss(told)
+
+    @staticmethod
+    def _number(loss: Tensor | float) -> Tensor:
+        """A told loss, 0-dim fp32."""
         if not isinstance(loss, Tensor | Real) or isinstance(loss, bool) or torch.as_tensor(loss).is_complex():
             raise ConfigurationError(f"the loss is {loss!r}; give one number, or a tensor of one.")
         told = torch.as_tensor(loss).detach().float()
         if told.numel() != 1:
             raise ConfigurationError(f"the loss has shape {tuple(told.shape)}; give one number, such as loss.mean().")
-        if not math.isfinite(float(told)):
-            raise TrainingDivergedError(
-                f"the loss is {float(told)} at step {self.steps_lived + 1}; training has diverged. Nothing of the step "
-                f"was taken. For a step that a gradient scaler skips, leave loss out."
-            )
-        self.drift.observe_loss(told.reshape(()))
+        return told.reshape(())
 
     # -- state dict ------------------------------------------------------------------------------------------------
 
@@ -526,6 +537,7 @@ def _after_loading(module: nn.Module, _: Any) -> None:
     module.block.population.stale()
     module.block.vitals.forget()
     module._steps = None
+    module._choose_implementation()
     module.drift.take()
     module.record_populations()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import datasets
@@ -83,7 +83,7 @@ def _check(trajectories: int, steps: int, sites: int, growth: tuple[float, float
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise TrainingError(f"{name} must be an int of at least {least}, got {value!r}.")
 
 
@@ -180,7 +180,7 @@ def chaotic_dataset(trajectories: int, steps: int, *, block_size: int, **setting
         TrainingError: A number is outside of its range, or a trajectory is shorter than one block.
     """
     _check_count("steps", steps, 1)
-    if not isinstance(block_size, int) or not 1 <= block_size <= steps:
+    if not isinstance(block_size, Integral) or not 1 <= block_size <= steps:
         raise TrainingError(f"chaotic_dataset: block_size must be in [1, {steps}], got {block_size!r}.")
     symbols_BS = chaotic_symbols(trajectories, steps, **settings)
     rows = symbols_BS[:, : steps // block_size * block_size].reshape(-1, block_size)

@@ -150,8 +150,8 @@ class LivingAdamW(Optimizer):
 
         Raises:
             OptimizerError: A gradient is sparse; a slot parameter of the model is in no group (the optimizer was
-                built before a slab grew); the model has gradients but counted no token because it is in eval mode.
-                Nothing is changed then.
+                built before a slab grew); a layer has gradients but counted no token because it is in eval mode.
+                Nothing is changed then, but the tokens of the pass are taken: repeat it.
         """
         loss = None
         if closure is not None:
@@ -238,8 +238,8 @@ class LivingAdamW(Optimizer):
             if bool(grad.any()):
                 raise OptimizerError(
                     f"layer {slot.layer}: the {slot.slab} experts have gradients, but the layer is in eval mode and "
-                    f"counted no token, so no expert would learn; call model.train() before the forward pass, or "
-                    f"requires_grad_(False) on what shall not learn."
+                    f"counted no token, so no expert would learn; call model.train(), or requires_grad_(False) on what "
+                    f"shall not learn, and repeat the forward and backward pass."
                 )
         return rows
 

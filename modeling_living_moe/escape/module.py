@@ -146,9 +146,11 @@ class Escape(nn.Module):
         fade = now.left / self.settings.leave_steps if now.state == LEAVING else 1.0
         with torch.autocast(device_type=x_TH.device.type, enabled=False):
             wide_TH = at_least_fp32(x_TH)
+            # A token that overflowed, or of which the other space makes one that does, stays here: it takes no part in
+            # the map, so that it spoils no gradient of the others'.
+            wide_TH = wide_TH.where(wide_TH.isfinite().all(dim=-1, keepdim=True), 0.0)
             away_TH = (self.map(wide_TH) - wide_TH).to(x_TH.dtype)
-            # Where the other space has no finite answer a token stays here.
-            away_TH = away_TH.where(away_TH.isfinite().all(dim=-1, keepdim=True), 0.0)
+            away_TH = away_TH.where((away_TH.isfinite() & x_TH.isfinite()).all(dim=-1, keepdim=True), 0.0)
             gate = fade * torch.tanh(at_least_fp32(self.gate))
         through: Tensor = _Through.apply(x_TH, away_TH, gate)
         return through

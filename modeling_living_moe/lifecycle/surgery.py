@@ -318,9 +318,9 @@ class LayerDraft:
             commits.append(surgeon()(optimizer, model, parameters))
         else:
             new = [p.new for p in parameters if p.new is not None and p.new is not p.old]
-            kept = [p.new for p in parameters if p.new is not None and p.new is p.old]
             commits.append(lambda: require_optimizer(model, new))
-            commits.append(lambda: leave_behind(kept))
+        kept = [p.new for p in parameters if p.new is not None and p.new is p.old and p.edit.rows]
+        commits.append(lambda: leave_behind(kept, told=optimizer))
 
         place = {row.uid: number for number, row in enumerate(row for name in SLABS for row in self.slabs[name])}
         new_index = [place.get(member.uid, -1) for member in block.population.members]
@@ -700,7 +700,9 @@ def retire(parameters: Sequence[nn.Parameter], *, packed: bool = False) -> None:
 
 #: Optimizers that have stepped; and those among them whose state an event did not follow, with the tensors concerned.
 _stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_left_behind: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+_left_behind: weakref.WeakKeyDictionary[Optimizer, dict[int, weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+#: Those whose loading of a state is watched.
+_watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @register_optimizer_step_post_hook
@@ -708,18 +710,21 @@ def _note_step(optimizer: Optimizer, *_: object) -> None:
     _stepped.add(optimizer)
 
 
-def leave_behind(parameters: Sequence[nn.Parameter]) -> None:
-    """Remember that rows of these parameters are other experts' now, and that no optimizer was told.
+def leave_behind(parameters: Sequence[nn.Parameter], *, told: Optimizer | None) -> None:
+    """Remember that rows of these parameters are other experts' now, and that one optimizer at most was told.
 
-    The next step of one that has state for them is an error: an expert would go on with another's moments. A state
-    loaded since is taken to know better.
+    The next step of another that has state for them is an error: an expert would go on with another's moments. A state
+    loaded or dropped since is taken to know better.
     """
+    # Accelerate's wrapper does not step itself.
+    informed = {id(told), id(getattr(told, "optimizer", None))}
     for optimizer in list(_stepped):
-        concerned = [weakref.ref(parameter) for parameter in parameters if optimizer.state.get(parameter)]
-        if concerned:
-            if optimizer not in _left_behind:
+        concerned = {id(p): weakref.ref(p) for p in parameters if optimizer.state.get(p)}
+        if concerned and id(optimizer) not in informed:
+            if optimizer not in _watched:
                 optimizer.register_load_state_dict_post_hook(_catch_up)
-            _left_behind[optimizer] = _left_behind.get(optimizer, []) + concerned
+                _watched.add(optimizer)
+            _left_behind[optimizer] = _left_behind.get(optimizer, {}) | concerned
             _guard_steps()
 
 
@@ -765,9 +770,12 @@ def _refuse_stale(optimizer: Optimizer, *_: object) -> None:
                 f"shape {tuple(parameter.shape)} that is no longer in the model. Pass optimizer= to the event, or "
                 f"build the optimizer anew."
             )
-    for reference in _left_behind.get(optimizer, ()):
+    behind = _left_behind.get(optimizer, {})
+    for place, reference in list(behind.items()):
         parameter = reference()
-        if parameter is not None and id(parameter) in held and optimizer.state.get(parameter):
+        if parameter is None or place not in held or not optimizer.state.get(parameter):
+            del behind[place]
+        elif parameter.requires_grad:
             raise OptimizerError(
                 f"an event has changed whose rows are whose in a tensor of shape {tuple(parameter.shape)}, and this "
                 f"{type(optimizer).__name__} was not told: it would train experts with others' moments. Pass "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import live, living_model, save_source, source_model
+from factories import live, living_model, mixed_text, save_source, source_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -56,6 +56,14 @@ def test_align_keeps_parameters_ties_and_values_and_what_lies_well() -> None:
     assert model["embed"].weight is embed and model["head"].weight is embed
     assert model["norm"].weight.data_ptr() == place
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_was_loaded_in_inference_mode_can_train(tmp_path: Path) -> None:
+    living_model("mixtral").save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = LivingMoeForCausalLM.from_pretrained(tmp_path).train()
+    ids = mixed_text(2, 8)
+    model(ids, labels=ids).loss.backward()
 
 
 def test_tensors_without_memory_here_are_left_alone() -> None:

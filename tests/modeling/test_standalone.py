@@ -248,7 +248,12 @@ def test_gradients_in_double_precision_are_those_of_finite_differences(sizes: tu
     x = torch.randn(5, sizes[0], dtype=torch.float64, requires_grad=True)
     weights = [slot.parameter for slot in layer.slot_parameters()]
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *weights), eps=1e-6, atol=1e-7)
+    fresh = LivingMoeBlock.standalone(*sizes, 3, 2)
+    fresh.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(fresh.eval()(x), layer.eval()(x))
     assert layer.float()(x.detach().float()).dtype == torch.float32
+    layer.config.backbone_config._experts_implementation = "eager"
+    assert layer.double().config.backbone_config._experts_implementation == "eager", "what was chosen since stays"
 
 
 def test_an_empty_batch_is_a_batch() -> None:
@@ -448,6 +453,35 @@ def test_an_optimizer_that_was_not_told_whose_rows_moved_is_refused(name: str) -
     layer.remove_expert(0)
     another.load_state_dict(saved)
     step(layer, [], another, 5)
+
+
+def test_of_two_optimizers_both_have_to_be_told() -> None:
+    layer = new()
+    first, second = AdamW(layer.parameters()), SGD(layer.parameters(), momentum=0.9)
+    step(layer, [], first, 0)
+    step(layer, [], second, 1)
+    layer.remove_expert(1, optimizer=first)
+    step(layer, [], first, 2)
+    with pytest.raises(OptimizerError, match="SGD was not told"):
+        step(layer, [], second, 3)
+    second.state.clear()
+    for number in range(4, 7):
+        step(layer, [], second, number)
+
+
+def test_an_event_that_moves_no_row_leaves_no_optimizer_behind() -> None:
+    layer = new()
+    optimizer = AdamW(layer.parameters())
+    layer.split_expert(0, optimizer=optimizer)
+    step(layer, [], optimizer, 0)
+    layer.part_clade(0)
+    step(layer, [], optimizer, 1)
+    # Nor does one that concerns what does not train any more.
+    layer.remove_expert(1)
+    layer.zero_grad()
+    for slot in layer.slot_parameters():
+        slot.parameter.requires_grad_(False)
+    step(layer, [], optimizer, 2)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers_and_nothing_else_is() -> None:

@@ -4,9 +4,11 @@ As a script, started twice by the test, it is one of the processes.
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_ranks import one_of_two_ranks, two_ranks
 
 from living_moe import LivingMoeBlock, StandaloneLivingMoe
+from living_moe.configuration.errors import TrainingDivergedError
 from living_moe.training.distributed import WrapperKeeper
 from living_moe.training.optimizers import LivingAdamW
 
@@ -58,6 +61,12 @@ def train() -> dict[str, Any]:
         for layer in (model.first, model.second):
             layer.lifecycle_step(optimizer, loss=loss)
         keeper.follow()
+    # What one rank cannot go on with stops all of them, and changes nothing.
+    told, steps = [math.nan if rank == 0 else 1.0, None if rank else math.inf], model.first.steps_lived
+    for loss_told in told:
+        with pytest.raises(TrainingDivergedError, match="another rank" if rank else "training has diverged"):
+            model.first.lifecycle_step(optimizer, loss=loss_told)
+    assert model.first.steps_lived == steps
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -123,8 +123,9 @@ def _wishes(block: LivingMoeBlock, config: LifecycleConfig, now: Circumstances) 
 
     def may_merge(member: Member) -> bool:
         longer = lifetime(block, member.slab, config.lifetime_exponent)
-        age = int(tables[member.slab].age[member.row])
-        return not is_frozen(member.slab) and (member.parent < 0 or age >= config.min_age_steps * longer)
+        age, idle = (int(getattr(tables[member.slab], name)[member.row]) for name in ("age", "idle"))
+        old = member.parent < 0 or age >= config.min_age_steps * longer
+        return old and not is_frozen(member.slab) and idle < config.interval
 
     free = [member for member in members if may_merge(member)]
     for share, first, second in _coactive(choices_SK, members, free, config.merge_coactivation):

@@ -76,6 +76,22 @@ def test_a_token_without_an_answer_there_stays_here_and_stops_no_other(space: st
 
 
 @every_space
+def test_a_token_that_overflowed_spoils_no_gradient(space: str) -> None:
+    block, x = opened(space, gate=0.5), tokens().requires_grad_()
+    rest = torch.arange(len(x)) != 2
+    block(x)[rest].square().sum().backward()
+    wanted = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    spoiled = x.detach().clone()
+    spoiled[2, 0], spoiled[2, 1] = torch.inf, torch.nan
+    spoiled.requires_grad_()
+    block(spoiled)[rest].square().sum().backward()
+    assert spoiled.grad is not None and spoiled.grad.isfinite().all()
+    for parameter, grad in zip(block.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+@every_space
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gate_learns_from_its_first_step_and_the_map_from_its_second(space: str, seed: int) -> None:
     block, x, target = opened(space), tokens(seed=seed), tokens(seed=seed + 50)
