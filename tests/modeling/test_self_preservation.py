@@ -248,6 +248,16 @@ def test_fragments_merge_into_a_wider_tier_if_that_displaces_nothing() -> None:
     assert proposed(model, sample=fragments(model, 1, 4, alike=False)) == []
 
 
+def test_nobody_merges_who_had_no_token_since_the_last_decision() -> None:
+    model = model_with()
+    sample = fragments(model, 1, 4, alike=True)
+    set_vitals(model, 1, idle=model.config.lifecycle.interval - 1)
+    assert kinds(proposed(model, sample=sample, memory=0.95)) != []
+    for uid in model.expert_uids(0):
+        set_vitals(model, uid, idle=model.config.lifecycle.interval)
+    assert proposed(model, sample=sample, memory=0.95) == []
+
+
 def test_fragments_are_weak() -> None:
     model = model_with()
     assert proposed(model, sample=fragments(model, 1, 4, alike=True, load=0.6)) != [], "tier gravity"
