@@ -379,12 +379,14 @@ class LivingMoeConfig(PreTrainedConfig):
             )
         top_k = self.num_experts_per_tok or 1
         if self.escape.enabled:
-            self._validate_escape(top_k)
+            self._validate_escape()
         if self.lifecycle.phi_trigger is not None and not self.vitals.phi_every:
             raise ConfigurationError(
                 f"lifecycle.phi_trigger is {self.lifecycle.phi_trigger} but vitals.phi_every is 0, so Φ is never "
                 f"measured; set vitals.phi_every, or leave the trigger out."
             )
+        if self.lifecycle.phi_trigger is not None:
+            self._require_company(f"lifecycle.phi_trigger is {self.lifecycle.phi_trigger}, but")
         for name in ("min_experts", "max_experts"):
             bound = getattr(self.lifecycle, name)
             if bound is not None and bound < top_k:
@@ -397,18 +399,24 @@ class LivingMoeConfig(PreTrainedConfig):
         if self.populations is not None:
             self._validate_populations(self.populations, top_k)
 
-    def _validate_escape(self, top_k: int) -> None:
+    def _require_company(self, where: str) -> None:
+        """Raise where no token is ever served by two experts."""
+        name, most = "num_experts_per_tok", self.num_experts_per_tok or 1
+        if self.router.selection == "top_any":
+            name, most = "router.max_experts_per_token", self.router.max_experts_per_token or 2 * most
+        if most < 2:
+            raise ConfigurationError(
+                f"{where} {name} is {most}: with one expert per token Φ is always 0 and cannot collapse; raise {name}."
+            )
+
+    def _validate_escape(self) -> None:
         where = f"escape.space is {self.escape.space!r}, but"
         if self.receptive_field.enabled:
             raise ConfigurationError(
                 f"{where} receptive_field.enabled protects the outputs on old text, which an escape changes; turn one "
                 f"of them off."
             )
-        if top_k < 2:
-            raise ConfigurationError(
-                f"{where} num_experts_per_tok is {top_k}: with one expert per token Φ is always 0 and cannot collapse; "
-                f"raise num_experts_per_tok."
-            )
+        self._require_company(where)
         for name in ("grad_norm_every", "phi_every"):
             every = getattr(self.vitals, name)
             if not 1 <= every <= self.escape.window:

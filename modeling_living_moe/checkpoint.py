@@ -26,6 +26,7 @@ from living_moe.configuration.errors import CheckpointError, LivingMoeError
 from living_moe.configuration.slabs import SLABS, is_frozen
 from living_moe.modeling_living_moe.alignment import align
 from living_moe.modeling_living_moe.block import LivingMoeBlock
+from living_moe.modeling_living_moe.escape.module import Now
 from living_moe.modeling_living_moe.lifecycle.lineage import LINEAGE_NAME, Lineage
 from living_moe.modeling_living_moe.lifecycle.surgery import require_optimizer, retire
 from living_moe.modeling_living_moe.plasticity.state import PlasticityTable
@@ -179,6 +180,8 @@ class CheckpointMixin:
         for block in model.living_blocks:
             block.population.stale()
             check_population(block.population, block.layer, block.router.scoring.top_k)
+            if block.escape is not None:
+                Now.of(*(getattr(block.escape, name) for name in Now._fields))
         if path is not None:
             model._life.lineage_ = _read_lineage(path, kwargs)
         model.apply_trainability()

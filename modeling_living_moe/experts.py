@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from living_moe.configuration.errors import ConfigurationError
 from living_moe.configuration.sections import ExpertsConfig
 from living_moe.configuration.slabs import SLABS, is_frozen, tier_of
 from living_moe.modeling_living_moe.population import sort_slabs
@@ -57,6 +58,11 @@ class ExpertSlab(nn.Module):
         )
         self.down_proj = nn.Parameter(torch.zeros(capacity, hidden_size, intermediate_size), requires_grad=trainable)
         self.act_fn = ACT2FN[config.hidden_act]
+        if next(self.act_fn.parameters(), None) is not None:
+            raise ConfigurationError(
+                f"hidden_act is {config.hidden_act!r}, which has parameters of its own: they would belong to a slab "
+                f"and not to an expert, and no event could move them. Take one without, such as 'silu'."
+            )
 
     def forward(self, hidden_TH: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the experts in `rows_TK`; rows >= C are pairs of another slab and add nothing.

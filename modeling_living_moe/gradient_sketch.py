@@ -107,12 +107,13 @@ def sketch_rows(gradients: Sequence[Tensor], count: int, filled: Sequence[int] |
         sketch, norm = (part.new_zeros(count, *part.shape[1:]).index_copy_(0, place, part) for part in few)
         return sketch, norm
     hashes = _hashes(device)
-    sketch = torch.zeros(count, SKETCH, device=device)
-    squares = torch.zeros(count, device=device)
+    sketch = torch.zeros(count, SKETCH, dtype=torch.float32, device=device)
+    squares = torch.zeros(count, dtype=torch.float32, device=device)
     chunk = 0
     for gradient in gradients:
         rows = gradient[:count].flatten(1)
-        squares += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        squares += torch.linalg.vector_norm(rows, dim=1, dtype=wide).square().to(squares)
         for start in range(0, rows.shape[1], CHUNK):
             part = rows[:, start : start + CHUNK]
             sums = _sums(part, hashes, chunk % PERIOD) if part.shape[1] == CHUNK else _rest_sums(part, hashes)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from living_moe.modeling_living_moe.experts import ExpertPool
 
 
+#: Φ below which experts are as good as alike: its changes there are the noise of samples, and no collapse.
+ALIKE = 0.01
+
+
 class Phi(NamedTuple):
     """0-dim fp32 tensors, each in [0, 1]."""
 
@@ -146,8 +150,8 @@ def phi_of(evidence: Tensor, share_M: Tensor) -> Phi:
 
 
 def phi_collapsed(phi: Tensor, peak: Tensor, share: float) -> Tensor:
-    """Whether Φ (its level) is below `share` of its peak, bool; never where there is no peak above 0 (top-1, say)."""
-    return (peak > 0) & (phi < share * peak)
+    """Whether Φ (its level) is below `share` of its peak, bool; never where the peak is below `ALIKE`."""
+    return (peak >= ALIKE) & (phi < share * peak)
 
 
 __all__ = ["Phi", "measured_experts", "phi_collapsed", "phi_evidence", "phi_of", "sampled_outputs"]

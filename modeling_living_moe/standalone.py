@@ -42,6 +42,7 @@ from living_moe.modeling_living_moe.deltas import FieldDelta
 from living_moe.modeling_living_moe.distributed import sum_over_ranks, world_size
 from living_moe.modeling_living_moe.drift import DriftDetector
 from living_moe.modeling_living_moe.escape.detector import StagnationDetector
+from living_moe.modeling_living_moe.escape.module import Now
 from living_moe.modeling_living_moe.experts import ExpertSlab, init_experts
 from living_moe.modeling_living_moe.families import family_of
 from living_moe.modeling_living_moe.lifecycle.api import LifecycleMixin
@@ -513,6 +514,8 @@ class StandaloneLivingMoe(LifecycleMixin, nn.Module):
         names = population.state_dict()
         population.load_state_dict({name: tables[name] for name in names})
         check_population(population, LAYER, self.top_k)
+        if self.block.escape is not None:
+            Now.of(*(incoming[f"block.escape.{name}"] for name in Now._fields))
         _lineage_of(incoming[EXTRA])
 
 

@@ -290,6 +290,8 @@ class Vitals(Deferred[StepCounts]):
         if self.pending_signals is None:
             dtype = count_dtype(index_SK.device)
             self.pending_signals = torch.zeros(4, num_experts, dtype=dtype, device=index_SK.device)
+        if self.pending_signals.is_inference() and not torch.is_inference_mode_enabled():
+            self.pending_signals = self.pending_signals.clone()
         added = torch.stack([value_SK.flatten(), count_SK.flatten()]).to(self.pending_signals.dtype)
         self.pending_signals[row : row + 2].scatter_add_(1, index_SK.flatten().clamp(min=0).expand(2, -1), added)
 
@@ -333,8 +335,11 @@ class Vitals(Deferred[StepCounts]):
 
     @torch.no_grad()
     def answer_collapse(self) -> None:
-        """Something was done about a low Φ: the next collapse is one from here."""
-        self.phi_peak.copy_(self.phi_level)
+        """Something was done about a low Φ: level and peak begin anew with the next measurement. The old level would go
+        on falling towards where Φ already is, and the same collapse would be answered again and again.
+        """
+        self.phi_peak.zero_()
+        self.phi_count.zero_()
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""

@@ -80,6 +80,8 @@ def _check(trajectories: int, steps: int, sites: int, growth: tuple[float, float
     for name, number, most in (("growth", growth[0], 4), ("growth", growth[1], 4), ("coupling", coupling, 1)):
         if not isinstance(number, Real) or not 0 <= number <= most:
             raise TrainingError(f"{name} must be in [0, {most}], got {number!r}.")
+    if growth[0] > growth[1]:
+        raise TrainingError(f"growth must be the least and the largest, got {growth!r}; swap them.")
 
 
 def _check_count(name: str, value: int, least: int) -> None:
@@ -89,7 +91,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _start(trajectories: int, sites: int, growth: tuple[float, float], seed: int) -> tuple[Tensor, Tensor]:
     """Points (B, N) and r (B, 1), fp64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     # A trajectory that starts exactly on a fixed point would stay there.
     x_BN = 0.05 + 0.9 * torch.rand(trajectories, sites, generator=generator, dtype=torch.float64)
     share_B1 = torch.rand(trajectories, 1, generator=generator, dtype=torch.float64)

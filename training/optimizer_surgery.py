@@ -177,7 +177,8 @@ def assert_partition(optimizer: Optimizer, model: nn.Module) -> None:
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside accelerate's wrapper (known by its attribute, so that accelerate need not be imported)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    # A scheduler has an optimizer, too, and is none.
+    while isinstance(optimizer, Optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
 

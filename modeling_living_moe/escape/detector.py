@@ -14,7 +14,7 @@ Rules, applied by `lifecycle_step` at the end of a window:
 
     closed   stagnation and Φ of the layer below `collapse` times its peak, and rested -> open (event "escape")
     open     one whole window has passed and the loss is falling, or `max_steps` have -> leaving (event "return")
-    leaving  `leave_steps` later -> closed; it rests for `rest_steps`, and Φ's peak begins anew from its level
+    leaving  `leave_steps` later -> closed; it rests for `rest_steps`, and Φ's level and peak begin anew
 
 Everything is a tensor until a window ends, and the same on every rank. Opens and closes nothing by itself.
 """

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from living_moe.configuration.errors import CheckpointError
 from living_moe.configuration.sections import EscapeConfig
 from living_moe.modeling_living_moe.distributed import world_size
 from living_moe.modeling_living_moe.escape.spaces import FourierSpace, PoincareBall, at_least_fp32
@@ -96,6 +97,21 @@ class Now(NamedTuple):
     left: int
     rest_until: int
 
+    @classmethod
+    def of(cls, state: Tensor, since: Tensor, left: Tensor, rest_until: Tensor) -> Now:
+        """From the buffers of an escape, by one transfer.
+
+        Raises:
+            CheckpointError: They hold no state an escape can be in.
+        """
+        now = cls(*torch.stack([state, since, left, rest_until]).tolist())
+        if not CLOSED <= now.state <= LEAVING or (now.left > 0) != (now.state == LEAVING):
+            raise CheckpointError(
+                f"escape.state is {now.state} with escape.left {now.left}: the state is one of {CLOSED} to {LEAVING} "
+                f"({', '.join(STATES)}), and steps are left while leaving only. The checkpoint was edited or is broken."
+            )
+        return now
+
 
 class Escape(nn.Module):
     """The escape of one block.
@@ -159,9 +175,13 @@ class Escape(nn.Module):
 
     @property
     def now(self) -> Now:
-        """The state; waits for the device once after it was loaded."""
+        """The state; waits for the device once after it was loaded.
+
+        Raises:
+            CheckpointError: What was loaded is none.
+        """
         if self._now is None:
-            self._now = Now(*torch.stack([getattr(self, name) for name in Now._fields]).tolist())
+            self._now = Now.of(self.state, self.since, self.left, self.rest_until)
         return self._now
 
     @torch.no_grad()
@@ -190,6 +210,10 @@ class Escape(nn.Module):
             self._become(now._replace(left=now.left - 1))
             return False
         self.gate.zero_()
+        # What is left of a gradient would, zeroed in place, be one of zero at each step to come: optimizers that decay
+        # vectors would shrink the map meanwhile.
+        for parameter in self.parameters():
+            parameter.grad = None
         self._become(Now(CLOSED, step, 0, step + self.settings.rest_steps))
         return True
 

@@ -298,6 +298,25 @@ def test_the_trend_needs_steps_and_skips_what_is_no_loss() -> None:
     assert float(trend.slow) == 2.0
 
 
+@pytest.mark.parametrize("every", [2, 10])
+def test_the_trend_is_per_step_however_seldom_a_loss_is_told(every: int) -> None:
+    often, seldom = LossTrend(), LossTrend()
+    for step in range(every * 3 * WARM_UP):
+        loss = torch.tensor(3.0 - 1e-5 * step)
+        often.defer(Passes((loss,)))
+        seldom.defer(Passes((loss,) if step % every == 0 else ()))
+    assert int(seldom.count) == 3 * WARM_UP
+    assert seldom.improvement() * float(seldom.slower) == pytest.approx(1e-2, rel=0.02)
+    assert often.improvement() * float(often.slower) == pytest.approx(1e-2, rel=0.02)
+
+
+def test_a_loss_of_nothing_cannot_improve() -> None:
+    trend = LossTrend()
+    for _ in range(WARM_UP):
+        trend.defer(Passes((torch.tensor(0.0),)))
+    assert trend.improvement() == 0.0
+
+
 def test_the_model_s_loss_reaches_the_trend_and_the_trend_is_saved(tmp_path: Path) -> None:
     model = living_model("mixtral", "ouroboros", sections={"lifecycle": {"enabled": False}}).train()
     ids = mixed_text(2, 8)

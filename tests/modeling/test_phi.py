@@ -212,8 +212,9 @@ def test_the_most_loaded_experts_are_measured_and_ties_go_by_slot() -> None:
 
 
 def test_a_collapse_is_a_fall_below_a_share_of_the_peak() -> None:
-    phi, peak = torch.tensor([0.3, 0.41, 0.0, 0.2]), torch.tensor([0.8, 0.8, 0.0, 0.2])
-    assert phi_collapsed(phi, peak, 0.5).tolist() == [True, False, False, False]
+    phi, peak = torch.tensor([0.3, 0.41, 0.0, 0.2, 1e-4]), torch.tensor([0.8, 0.8, 0.0, 0.2, 1e-3])
+    # The last one fell among experts that were alike before.
+    assert phi_collapsed(phi, peak, 0.5).tolist() == [True, False, False, False, False]
 
 
 # -- in a model --------------------------------------------------------------------------------------------------------
@@ -270,8 +271,15 @@ def test_the_level_is_a_moving_average_and_the_peak_its_largest_once_it_has_sett
         seen += [level] if number >= 4 else []
         assert found["phi_level"] == pytest.approx(level, abs=1e-6)
         assert found["phi_peak"] == pytest.approx(max(seen, default=0.0), abs=1e-6)
+    # An answer ends it: level and peak are of what is measured from then on.
     model.living_block(0).vitals.answer_collapse()
-    assert float(model.phi(0)["phi_peak"]) == pytest.approx(level, abs=1e-6)
+    assert float(model.phi(0)["phi_peak"]) == 0
+    for number in range(5):
+        step(model, 20 + number)
+        found = {name: float(value) for name, value in model.phi(0).items()}
+        level = found["phi"] if number == 0 else level + (found["phi"] - level) / (number + 1)
+        assert found["phi_level"] == pytest.approx(level, abs=1e-6)
+        assert found["phi_peak"] == pytest.approx(level if number == 4 else 0.0, abs=1e-6)
 
 
 def test_measuring_changes_no_gradient_and_zero_never_measures() -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.checkpoint import checkpoint
 
 from living_moe import LivingMoeBlock, LivingMoeError, StandaloneLivingMoe
@@ -206,6 +207,7 @@ def test_senseless_sizes_are_refused(arguments: Any, message: str) -> None:
         ({"preset": "ouroborus"}, "Did you mean 'ouroboros'"),
         ({"lifecycle": {"max_expert": 3}}, "Did you mean 'max_experts'"),
         ({"experts_implementation": "grouped"}, "Did you mean 'grouped_mm'"),
+        ({"hidden_act": "prelu"}, "hidden_act is 'prelu', which has parameters of its own"),
         ({"hidden_act": "sillu"}, "hidden_act is 'sillu'.*Did you mean 'silu'"),
         ({"lifecycle": {"policy": "darwinain"}}, "Did you mean 'darwinian'"),
         ({"lifecylce": {}}, "Did you mean 'lifecycle'"),
@@ -281,6 +283,37 @@ def test_any_default_dtype_will_do(dtype: torch.dtype) -> None:
     fresh = LivingMoeBlock.standalone(8, 8, 3, 2)
     fresh.load_state_dict(layer.state_dict(), strict=True)
     assert fresh.expert_uids() == layer.expert_uids()
+
+
+@pytest.mark.parametrize("how", ["double", "default dtype"])
+def test_a_block_in_double_precision_lives(how: str) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if how == "default dtype" else before)
+    try:
+        layer = new(vitals={"grad_norm_every": 2, "signals_every": 2, "phi_every": 2}).double()
+        optimizer = AdamW(layer.parameters(), lr=1e-2)
+        for number in range(30):
+            x = tokens(64, seed=number).double()
+            loss = (layer(x) - x.sin()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            layer.lifecycle_step(optimizer, loss=loss)
+        layer.execute_systemic_lifecycle(optimizer)
+    finally:
+        torch.set_default_dtype(before)
+    assert layer.steps_lived == 31 and layer.vitals()["grad_norm"].any() and len(list(layer.lineage)) > 2
+
+
+def test_a_training_pass_in_inference_mode_spoils_none_after_it() -> None:
+    layer, twin = (new(vitals={"signals_every": 1}, lifecycle={"enabled": False}) for _ in range(2))
+    for each, mode in ((layer, torch.inference_mode), (twin, torch.no_grad)):
+        for number in range(3):
+            with mode():
+                each(tokens(32, seed=10 + number))
+            each(tokens(32, seed=number)).square().mean().backward()
+            each.lifecycle_step()
+    assert all(torch.equal(value, twin.vitals()[name]) for name, value in layer.vitals().items())
 
 
 def test_inputs_of_another_size_are_refused() -> None:
@@ -592,13 +625,14 @@ def test_nobody_is_judged_without_a_token(how: str, policy: str) -> None:
     assert layer.expert_uids() == before
 
 
-@pytest.mark.parametrize("optimizer", ["unsupported", "a stranger's", "no optimizer"])
+@pytest.mark.parametrize("optimizer", ["unsupported", "a stranger's", "no optimizer", "a scheduler"])
 def test_an_optimizer_that_no_event_could_follow_is_refused_before_the_step(optimizer: str) -> None:
     layer = new(escape={"space": "fourier"})
     wrong: Any = {
         "unsupported": RMSprop(layer.parameters()),
         "a stranger's": AdamW(new().parameters()),
         "no optimizer": "AdamW",
+        "a scheduler": StepLR(AdamW(layer.parameters()), 1),
     }[optimizer]
     layer(tokens(16))
     before = state(layer)
@@ -807,6 +841,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "not a lineage record",
     ),
     "an object": (lambda s: s.update({"_extra_state": None}), "no lineage"),
+    "a fourth state": (lambda s: s["block.escape.state"].fill_(7), r"escape\.state is 7"),
+    "leaving for ever": (lambda s: s["block.escape.state"].fill_(2), r"escape\.state is 2 with escape\.left 0"),
     "no tensor": (
         lambda s: s.update({"block.vitals.steps": None}),
         "block.vitals.steps is a NoneType, expected a tensor",
@@ -818,9 +854,9 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("what", CORRUPTIONS)
 def test_a_corrupt_state_is_one_clear_error_and_changes_nothing(what: str) -> None:
     corrupt, message = CORRUPTIONS[what]
-    incoming = state(lived(8, seed=4))
+    incoming = state(lived(8, seed=4, escape={"space": "fourier"}))
     corrupt(incoming)
-    layer = lived(5, seed=1)
+    layer = lived(5, seed=1, escape={"space": "fourier"})
     parameters, before = list(layer.parameters()), state(layer)
     with pytest.raises(CheckpointError, match=message):
         layer.load_state_dict(incoming, strict=True)
@@ -878,6 +914,25 @@ def test_a_collapse_of_phi_splits_with_mutation_and_lets_the_block_escape() -> N
     assert kinds.count("escape") == 1 and "split" in kinds
     split = next(event for event in layer.lineage if event.kind == "split")
     assert split.metric == "phi" and split.noise_std > 0
+
+
+def test_one_collapse_of_phi_is_answered_by_one_split() -> None:
+    layer = LivingMoeBlock.standalone(
+        16, 16, 6, 2, vitals={"phi_every": 5}, lifecycle={"phi_trigger": 0.9, "split_load": 1e6, "max_experts": 64}
+    )
+    optimizer, happened = SGD(layer.parameters(), lr=0.0), []
+    slab = layer.block.experts.weights("trainable")
+    for number in range(300):
+        if number == 100:
+            with torch.no_grad():
+                for weight in (slab.gate_up_proj, slab.down_proj):
+                    weight[:6] = weight[:1] + 0.02 * torch.randn(weight[:6].shape)
+        loss = layer(torch.randn(64, 16)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        happened += [(number > 99, event.kind, event.metric) for event in layer.lifecycle_step(optimizer, loss=1.0)]
+    assert happened == [(True, "split", "phi")]
 
 
 @pytest.mark.parametrize("order", ["parents first", "children first"])

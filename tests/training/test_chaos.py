@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ def test_a_lone_site_is_the_logistic_map() -> None:
 
 
 def test_equal_seeds_give_equal_symbols_and_others_do_not() -> None:
-    one, again, other = (chaotic_symbols(4, 100, seed=seed) for seed in (3, 3, 4))
+    one, again, other = (chaotic_symbols(4, 100, seed=seed) for seed in (3, np.int64(3), 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert one.shape == (4, 100) and one.min() >= 0 and one.max() < 32 and len(one.unique()) > 20
 
@@ -77,7 +78,7 @@ def test_a_dataset_has_blocks_of_consecutive_symbols() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"growth": growth} for growth in ((3.9, 4.1), (3.6, math.nan), (-0.1, 4.0), 3.9, (3.9,))),
+        *({"growth": growth} for growth in ((3.9, 4.1), (3.6, math.nan), (-0.1, 4.0), (4.0, 3.6), 3.9, (3.9,))),
         *({"coupling": coupling} for coupling in (-0.1, 3.0, math.nan, "0")),
         *({name: number} for name in ("sites", "trajectories", "steps") for number in (0, -5, 2.0, True)),
         {"seed": -1}, {"symbols": 1}, {"symbols": 8.0},

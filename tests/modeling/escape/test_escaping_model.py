@@ -28,13 +28,15 @@ def escaping(space: str = "poincare", family: str = "mixtral", **escape: Any) ->
     return living_model(family, sections=sections)
 
 
-def train_step(model: LivingMoeForCausalLM, optimizer: torch.optim.Optimizer, seed: int) -> list[tuple[str, int, str]]:
+def train_step(
+    model: LivingMoeForCausalLM, optimizer: torch.optim.Optimizer, seed: int, *, set_to_none: bool = True
+) -> list[tuple[str, int, str]]:
     model.train()
     ids = token_ids(2, 12, seed=seed)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     events = model.lifecycle_step(optimizer)
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none)
     return [(event.kind, event.layer, event.metric) for event in events]
 
 
@@ -152,6 +154,23 @@ def test_it_learns_there_and_the_optimizer_begins_anew_each_time(space: str) -> 
     assert all(torch.equal(p, kept[name]) for name, p in escape.named_parameters())
 
 
+def test_a_map_at_home_is_not_worn_down_by_decay() -> None:
+    model = escaping(leave_steps=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model.open_escape(0, optimizer=optimizer)
+    for seed in range(4):
+        if seed == 3:
+            model.leave_escape(0)
+        train_step(model, optimizer, seed, set_to_none=False)
+    assert model.escape_state(0) == "closed"
+    learned = parameters_of(model)
+    for seed in range(4, 8):
+        train_step(model, optimizer, seed, set_to_none=False)
+    now = parameters_of(model)
+    escape = [name for name in now if ".0." in name and ".escape.map." in name]
+    assert escape and all(torch.equal(now[name], learned[name]) for name in escape)
+
+
 def test_direct_calls_in_the_wrong_state_are_refused() -> None:
     model = escaping()
     with pytest.raises(PopulationError, match="layer 0: the escape is closed; only an open one is left"):
@@ -247,13 +266,21 @@ def test_checkpointed_gradients_are_the_same(space: str) -> None:
         ({"vitals": {"phi_every": 0}}, "vitals.phi_every is 0: it must be measured in every window of 200"),
         ({"vitals": {"grad_norm_every": 300}}, "vitals.grad_norm_every is 300"),
         ({"backbone_config": {"num_experts_per_tok": 1}}, "with one expert per token Φ is always 0"),
+        (
+            {
+                "backbone_config": {"num_experts_per_tok": 1},
+                "escape": {},
+                "lifecycle": {"phi_trigger": 0.9, "noise_std": 0.1},
+            },
+            r"lifecycle\.phi_trigger is 0\.9, but num_experts_per_tok is 1",
+        ),
         ({"receptive_field": {"enabled": True}, "experts": {"freeze_pretrained": True}}, "protects the outputs"),
     ],
 )
 def test_settings_that_could_never_work_are_refused(sections: dict[str, Any], message: str) -> None:
     backbone = {"model_type": "mixtral", **sections.pop("backbone_config", {})}
     with pytest.raises(ConfigurationError, match=message):
-        LivingMoeConfig(backbone_config=backbone, escape={"space": "fourier"}, **sections)
+        LivingMoeConfig(backbone_config=backbone, **{"escape": {"space": "fourier"}, **sections})
 
 
 def test_the_detector_belongs_to_models_that_may_go_only() -> None:
