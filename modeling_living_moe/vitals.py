@@ -46,7 +46,7 @@ COUNTED_BY = {
 #: Columns of experts whose router has synapses, in the order of `synapse.router.Economy`.
 ECONOMY = ("energy", "depletion")
 #: Of a layer.
-PHI = ("phi", "differentiation", "integration", "phi_level", "phi_peak")
+PHI = ("phi", "differentiation", "integration", "phi_level", "phi_peak", "phi_record")
 #: Decay per measurement of Φ's level: one sample of tokens is off by a few hundredths, and a maximum of such numbers is
 #: the largest error. The level is trusted from as many measurements on as it remembers.
 PHI_DECAY, PHI_SETTLED = 0.8, 5
@@ -177,10 +177,11 @@ class Vitals(Deferred[StepCounts]):
         self.register_buffer("density", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("entropy", torch.tensor(0.0, dtype=torch.float32))
         # The last measurement of Φ and its two factors; Φ's moving average, and the largest that was since the last
-        # answer to a collapse.
+        # split for a collapse, and since the last escape. A split that did not help must not hide from the escape that
+        # Φ is still low.
         for name in PHI:
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float32))
-        #: Measurements of Φ so far.
+        #: Measurements of Φ in its level.
         self.register_buffer("phi_count", torch.tensor(0))
         #: `phi_evidence` of the forward passes since the last step, not summed over ranks.
         self.pending_phi: Tensor | None = None
@@ -206,6 +207,7 @@ class Vitals(Deferred[StepCounts]):
     integration: Tensor
     phi_level: Tensor
     phi_peak: Tensor
+    phi_record: Tensor
     phi_count: Tensor
 
     def reset_parameters(self) -> None:
@@ -330,16 +332,23 @@ class Vitals(Deferred[StepCounts]):
         rate = (1.0 / (self.phi_count + 1.0)).clamp(min=1.0 - PHI_DECAY) * measured
         self.phi_level.lerp_(self.phi, rate.to(self.phi))
         self.phi_count += measured
-        highest = torch.maximum(self.phi_peak, self.phi_level)
-        self.phi_peak.copy_(torch.where(measured & (self.phi_count >= PHI_SETTLED), highest, self.phi_peak))
+        reached = measured & (self.phi_count >= PHI_SETTLED)
+        for peak in (self.phi_peak, self.phi_record):
+            peak.copy_(torch.where(reached, torch.maximum(peak, self.phi_level), peak))
 
     @torch.no_grad()
     def answer_collapse(self) -> None:
-        """Something was done about a low Φ: level and peak begin anew with the next measurement. The old level would go
-        on falling towards where Φ already is, and the same collapse would be answered again and again.
+        """A split was the answer to a low Φ: level and peak begin anew with the next measurement. The old level would
+        go on falling towards where Φ already is, and the same collapse would be answered again and again.
         """
         self.phi_peak.zero_()
         self.phi_count.zero_()
+
+    @torch.no_grad()
+    def come_home(self) -> None:
+        """An escape was the answer, and is over: the record begins anew, too."""
+        self.answer_collapse()
+        self.phi_record.zero_()
 
     def follow(self, new_index: list[int], size: int) -> None:
         """Carry counts and sample over to a new slot order: old index -> new index, -1 for the dead; `size` alive."""

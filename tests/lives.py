@@ -59,7 +59,8 @@ def escaping_model() -> LivingMoeForCausalLM:
                        "max_steps": 4, "leave_steps": 3},
         },
     )  # fmt: skip
-    model.living_block(0).vitals.phi_peak.fill_(10.0)
+    model.living_block(0).vitals.phi_record.fill_(10.0)
+    model.living_block(0).vitals.phi_count.fill_(5)
     return model
 
 

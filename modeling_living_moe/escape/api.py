@@ -19,6 +19,7 @@ from living_moe.modeling_living_moe.lifecycle.events import LifecycleEvent, Life
 from living_moe.modeling_living_moe.lifecycle.operations import REQUEST, Reason
 from living_moe.modeling_living_moe.lifecycle.surgery import forget_state, surgeon
 from living_moe.modeling_living_moe.phi import phi_collapsed
+from living_moe.modeling_living_moe.vitals import PHI_SETTLED
 
 if TYPE_CHECKING:
     from living_moe.modeling_living_moe.lifecycle.lineage import Lineage
@@ -111,16 +112,17 @@ class EscapeMixin:
         for block in self.living_blocks:
             if self._escape(block.layer).tick(step):
                 forget_state(optimizer, self._escape(block.layer))
-                block.vitals.answer_collapse()
+                block.vitals.come_home()
         if step % settings.window:
             return []
         detector.end_window()
         device = detector.fall.device
-        phis, peaks = (
+        phis, peaks, counts = (
             torch.stack([getattr(block.vitals, name).to(device) for block in self.living_blocks])
-            for name in ("phi_level", "phi_peak")
+            for name in ("phi_level", "phi_record", "phi_count")
         )
-        collapsed = phi_collapsed(phis, peaks, settings.collapse)
+        # A level that has begun anew is at first as noisy as a single measurement.
+        collapsed = phi_collapsed(phis, peaks, settings.collapse) & (counts >= PHI_SETTLED)
         verdict = torch.cat([torch.stack([detector.stagnates(), detector.falling()]).float(), collapsed.float()])
         # One transfer per window.
         figures = torch.cat([verdict, detector.fall.view(1), phis, peaks]).tolist()

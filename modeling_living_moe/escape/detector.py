@@ -12,9 +12,9 @@ window in which one of them was not measured is neither. A loss that rises is no
 
 Rules, applied by `lifecycle_step` at the end of a window:
 
-    closed   stagnation and Φ of the layer below `collapse` times its peak, and rested -> open (event "escape")
+    closed   stagnation and Φ of the layer below `collapse` times its record, and rested -> open (event "escape")
     open     one whole window has passed and the loss is falling, or `max_steps` have -> leaving (event "return")
-    leaving  `leave_steps` later -> closed; it rests for `rest_steps`, and Φ's level and peak begin anew
+    leaving  `leave_steps` later -> closed; it rests for `rest_steps`, and Φ's level, peak and record begin anew
 
 Everything is a tensor until a window ends, and the same on every rank. Opens and closes nothing by itself.
 """

@@ -126,8 +126,9 @@ class LifecycleMixin(EscapeMixin):
         """Whether a layer's experts are different functions that work together (see phi.py), 0-dim, each in [0, 1].
 
         `phi`, its factors `differentiation` and `integration`, as measured last (every `vitals.phi_every` steps);
-        `phi_level`, the moving average of `phi`, and `phi_peak`, the largest level, both since the layer's last answer
-        to a collapse (the peak is 0 for the first five measurements). What was not measured yet is 0.
+        `phi_level`, the moving average of `phi`, and `phi_peak`, the largest level, both since the layer's last split
+        for a collapse, or escape; `phi_record`, the largest level since its last escape. Both are 0 until a level is of
+        five measurements, and what was not measured yet is 0.
         """
         vitals = self.living_block(layer).vitals
         return {name: getattr(vitals, name).clone() for name in PHI}

@@ -280,6 +280,11 @@ def test_the_level_is_a_moving_average_and_the_peak_its_largest_once_it_has_sett
         level = found["phi"] if number == 0 else level + (found["phi"] - level) / (number + 1)
         assert found["phi_level"] == pytest.approx(level, abs=1e-6)
         assert found["phi_peak"] == pytest.approx(level if number == 4 else 0.0, abs=1e-6)
+        # The escape's own is not spent by a split.
+        record = max([*seen, level] if number == 4 else seen)
+        assert found["phi_record"] == pytest.approx(record, abs=1e-6)
+    model.living_block(0).vitals.come_home()
+    assert float(model.phi(0)["phi_record"]) == float(model.phi(0)["phi_peak"]) == 0
 
 
 def test_measuring_changes_no_gradient_and_zero_never_measures() -> None:

@@ -893,27 +893,32 @@ def test_halves_keep_their_tables_and_temperature_in_full_precision() -> None:
     assert torch.equal(fresh.eval()(x), layer.eval()(x)) and fresh(x).dtype == torch.bfloat16
 
 
-def test_a_collapse_of_phi_splits_with_mutation_and_lets_the_block_escape() -> None:
+def test_a_collapse_of_phi_splits_with_mutation_and_the_block_escapes_where_that_did_not_help() -> None:
     layer = LivingMoeBlock.standalone(
         16, 24, 4, 2,
         lifecycle={"phi_trigger": 0.5, "interval": 1, "warmup_steps": 0, "cooldown_steps": 0, "max_experts": 8},
-        escape={"space": "fourier", "window": 1, "patience": 1, "loss_tolerance": 10.0, "grad_tolerance": 10.0},
+        escape={"space": "fourier", "window": 4, "patience": 1, "loss_tolerance": 10.0, "grad_tolerance": 10.0},
         vitals={"grad_norm_every": 1, "phi_every": 1},
     )  # fmt: skip
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     kinds = []
-    for step in range(6):
+    for step in range(12):
         loss = layer(x).square().mean()
         loss.backward()
         optimizer.step()
-        layer.block.vitals.phi_peak.fill_(4.0 if step >= 2 else 0.0)
+        if step == 5:
+            layer.block.vitals.phi_peak.fill_(4.0)
+            layer.block.vitals.phi_record.fill_(4.0)
         kinds += [event.kind for event in layer.lifecycle_step(optimizer, loss=loss.detach())]
         optimizer.zero_grad()
     assert 0 < float(layer.block.vitals.phi) <= 1
-    assert kinds.count("escape") == 1 and "split" in kinds
-    split = next(event for event in layer.lineage if event.kind == "split")
+    assert kinds == ["split", "escape"]
+    split, escape = (event for event in layer.lineage if event.kind in kinds)
     assert split.metric == "phi" and split.noise_std > 0
+    # The escape goes by five measurements of after the split, and the window at steps 5 to 8 ends before there are.
+    assert (split.step, escape.step) == (6, 12)
+    assert escape.metric == "phi" and escape.threshold == pytest.approx(0.9 * 4)
 
 
 def test_one_collapse_of_phi_is_answered_by_one_split() -> None:

@@ -43,7 +43,8 @@ def train_step(
 def collapse(model: LivingMoeForCausalLM, *layers: int) -> None:
     """As if Φ of those layers had once been far higher."""
     for layer in layers:
-        model.living_block(layer).vitals.phi_peak.fill_(10.0)
+        model.living_block(layer).vitals.phi_record.fill_(10.0)
+        model.living_block(layer).vitals.phi_count.fill_(5)
 
 
 def parameters_of(model: LivingMoeForCausalLM) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def test_stagnation_and_a_collapse_together_send_a_layer_away_and_it_returns(spa
     assert [event.kind for event in model.lineage] == ["escape", "return"]
     escape = model.living_block(1).escape
     assert model.escape_state(1) == model.escape_state(0) == "closed" and escape.now.rest_until == 13 + 4
-    assert float(model.phi(1)["phi_peak"]) < 1 and model.lineage[0].threshold == pytest.approx(9.0)
+    assert float(model.phi(1)["phi_record"]) < 1 and model.lineage[0].threshold == pytest.approx(9.0)
 
 
 def test_neither_alone_sends_anybody_away() -> None:
